@@ -1,0 +1,115 @@
+"""Files that are whole or not there: atomic writes, hashes, and the manifest that proves a run folder untouched.
+
+Invariant: a name in its final place always holds complete, synced content; the manifest is written last.
+"""
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from compressor.errors import DataError, ResourceError
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A published file: `path` relative to the run folder; `io` describes inputs and outputs (name, dtype, shape)."""
+
+    path: str
+    format: str
+    precision: str
+    sha256: str
+    size_bytes: int
+    io: dict[str, str]
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's bytes, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def out_of_space_is_clear(path: Path) -> Iterator[None]:
+    """Turn a full disk or a denied folder into an error that names the file and the way on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise ResourceError(
+                f"{path}: cannot be written ({error.strerror}); free some space or choose another place with --out"
+            ) from error
+        raise
+
+
+def write_via(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, sync it, and rename it into place; nothing is left on failure."""
+    temporary = path.with_name(f".{path.stem}.tmp{os.getpid()}{path.suffix}")
+    with out_of_space_is_clear(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def atomic_write(path: Path, content: bytes | str) -> None:
+    """Write bytes or UTF-8 text so that `path` holds either its old or its whole new content."""
+    data = content.encode() if isinstance(content, str) else content
+    write_via(path, lambda temporary: _write_bytes(temporary, data))
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON atomically: indented, keys in the order given, NaN refused."""
+    atomic_write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_manifest(folder: Path) -> None:
+    """Record sha256 and size of every file below `folder` in its `manifest.json`."""
+    files = {
+        path.relative_to(folder).as_posix(): {"sha256": sha256_of(path), "size_bytes": path.stat().st_size}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.relative_to(folder).as_posix() != MANIFEST
+    }
+    write_json(folder / MANIFEST, {"version": 1, "files": files})
+
+
+def verify_manifest(folder: Path) -> list[str]:
+    """Return what differs between `folder` and its manifest, one line per file; an empty list means untouched.
+
+    Raises:
+        DataError: there is no readable manifest.
+    """
+    path = folder / MANIFEST
+    try:
+        listed = json.loads(path.read_text())["files"]
+        expected = {name: (str(entry["sha256"]), int(entry["size_bytes"])) for name, entry in listed.items()}
+    except FileNotFoundError:
+        raise DataError(f"{path}: no manifest; give the folder of a finished run (RUN.partial is unfinished)") from None
+    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: the manifest itself is damaged ({error})") from None
+    faults = []
+    for name, (digest, size) in expected.items():
+        file = folder / name
+        if not file.is_file():
+            faults.append(f"{name}: missing")
+        elif file.stat().st_size != size:
+            faults.append(f"{name}: {file.stat().st_size} bytes, the manifest says {size}")
+        elif sha256_of(file) != digest:
+            faults.append(f"{name}: content differs from the manifest (sha256)")
+    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    faults += [f"{name}: not in the manifest" for name in sorted(present - set(expected) - {MANIFEST})]
+    return faults

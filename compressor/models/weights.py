@@ -1,0 +1,163 @@
+"""Where pretrained weights come from and how they are loaded.
+
+Invariant: a network is asked only when the caller says so; what did not load is always listed.
+"""
+
+import logging
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from compressor.artifacts import sha256_of, write_via
+from compressor.environment import weights_dir
+from compressor.errors import ResourceError, RecipeError, did_you_mean
+from compressor.models import HEADS
+
+log = logging.getLogger(__name__)
+
+# ImageNet weights by architecture name: hub id of the original TensorFlow weights in timm's naming.
+HUB_IDS = {"xception": "timm/legacy_xception.tf_in1k"}
+HUB_TIMEOUT_S = 10
+
+
+@dataclass(frozen=True)
+class WeightsReport:
+    """What loading did. `reinitialised` are tensors of the file whose shape the network does not have (the head)."""
+
+    source: str
+    sha256: str | None
+    loaded: int
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    reinitialised: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a `.safetensors` file, or a `.pth`/`.pt` file with `weights_only=True` (never unpickled freely).
+
+    Raises:
+        ResourceError: no such file, or a file that is not what its name says.
+    """
+    if not path.is_file():
+        near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
+        raise ResourceError(f"{path}: no such weights file{near}")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        if path.suffix in (".pth", ".pt"):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = content.get("state_dict", content) if isinstance(content, dict) else content
+            if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+                raise ResourceError(f"{path}: found {type(content).__name__}, expected a state dict of tensors")
+            return dict(content)
+    except (SafetensorError, RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise ResourceError(f"{path}: not a readable weights file ({str(error).splitlines()[0]})") from error
+    raise ResourceError(f"{path}: '{path.suffix}' is not supported; allowed: .safetensors, .pth, .pt")
+
+
+def load_into(model: nn.Module, tensors: Mapping[str, Tensor], *, head: str, source: str, sha256: str | None) -> WeightsReport:
+    """Copy `tensors` into `model`; only the head may differ in shape and then keeps its fresh initialisation.
+
+    Raises:
+        RecipeError: the file belongs to another architecture (a body tensor is missing or has another shape).
+    """
+    own = model.state_dict()
+    missing = [k for k in own if k not in tensors and not k.endswith("num_batches_tracked")]
+    unexpected = [k for k in tensors if k not in own]
+    misshapen = [k for k in own if k in tensors and tensors[k].shape != own[k].shape]
+    in_head = (head + ".",)
+    wrong = [k for k in missing + misshapen if not k.startswith(in_head)]
+    if wrong:
+        shown = ", ".join(wrong[:5])
+        raise RecipeError(
+            f"model.weights: {source} does not fit the network: {len(wrong)} tensors missing or of another shape "
+            f"({shown}{', ...' if len(wrong) > 5 else ''}); {len(unexpected)} tensors of the file are unknown"
+        )
+    usable = {k: v for k, v in tensors.items() if k in own and k not in misshapen}
+    model.load_state_dict({k: v.to(own[k].dtype) for k, v in usable.items()}, strict=False)
+    return WeightsReport(source, sha256, len(usable), tuple(missing), tuple(unexpected), tuple(misshapen))
+
+
+def load_weights(
+    model: nn.Module, *, name: str, weights: str, download: bool = False, fallback: str | None = None, relative_to: Path | None = None
+) -> WeightsReport:
+    """Load what `model.weights` asks for: `imagenet`, a path, or `none`.
+
+    Args:
+        model: freshly built network, changed in place.
+        name: architecture name, decides the hub id and the head.
+        weights: `imagenet`, `none` or a path; a relative path is looked up from `relative_to`, then from here.
+        download: whether the hub may be asked.
+        fallback: `none` allows random initialisation when `imagenet` is not at hand.
+    """
+    if weights == "none":
+        return WeightsReport("none", None, 0, tuple(model.state_dict()), (), (), ("random initialisation, as asked",))
+    if weights == "imagenet":
+        path = weights_dir() / f"{name}_imagenet.safetensors"
+        if not path.is_file() and download:
+            fetch_weights(name)
+        if not path.is_file():
+            advice = (
+                f"ImageNet weights for '{name}' are not in {path.parent}; ways on: `compress.py weights fetch {name}` "
+                "where there is internet, model.weights_download: true, model.weights: PATH to a .safetensors file, "
+                "or model.weights_fallback: none to train from random initialisation"
+            )
+            if fallback != "none":
+                raise ResourceError(f"model.weights: {advice}")
+            log.warning("TRAINING FROM RANDOM INITIALISATION: %s", advice)
+            note = "ImageNet weights were not at hand: random initialisation (weights_fallback: none)"
+            return WeightsReport("none", None, 0, tuple(model.state_dict()), (), (), (note,))
+    else:
+        given = Path(weights).expanduser()
+        path = relative_to / given if relative_to and not given.is_absolute() and (relative_to / given).exists() else given
+    report = load_into(model, read_tensors(path), head=HEADS[name], source=str(path), sha256=sha256_of(path))
+    for kind, keys in (("missing", report.missing), ("unexpected", report.unexpected), ("re-initialised", report.reinitialised)):
+        if keys:
+            log.info("weights: %d %s: %s", len(keys), kind, ", ".join(keys[:8]))
+    return report
+
+
+def fetch_weights(name: str) -> Path:
+    """Download ImageNet weights of `name` into `weights_dir()`; fails within about ten seconds when offline.
+
+    Raises:
+        RecipeError: no hub id is known for `name`.
+        ResourceError: the hub cannot be reached or does not have the file.
+    """
+    if name not in HUB_IDS:
+        raise RecipeError(f"weights fetch: '{name}' is not known; allowed: {', '.join(HUB_IDS)}{did_you_mean(name, HUB_IDS)}")
+    import os
+
+    # One attempt, no telemetry header; both are read when huggingface_hub is imported.
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ["HF_HUB_ETAG_TIMEOUT"] = os.environ["HF_HUB_DOWNLOAD_TIMEOUT"] = str(HUB_TIMEOUT_S)
+    import httpx
+    from huggingface_hub import hf_hub_url
+
+    url = hf_hub_url(HUB_IDS[name], "model.safetensors")
+    target = weights_dir() / f"{name}_imagenet.safetensors"
+
+    def download(path: Path) -> None:
+        timeout = httpx.Timeout(HUB_TIMEOUT_S, connect=HUB_TIMEOUT_S / 2)
+        with httpx.stream("GET", url, follow_redirects=True, timeout=timeout) as response:
+            response.raise_for_status()
+            with path.open("wb") as file:
+                for block in response.iter_bytes():
+                    file.write(block)
+        read_tensors(path)
+
+    try:
+        write_via(target, download)
+    except (httpx.HTTPError, OSError) as error:
+        raise ResourceError(
+            f"weights fetch {name}: {url} could not be read ({type(error).__name__}); "
+            f"copy the file by hand to {target}, or give model.weights a path"
+        ) from error
+    return target

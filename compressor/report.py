@@ -1,0 +1,146 @@
+"""What was measured, as values: footprints, bounds on them, and the report of a run.
+
+Invariant: a figure nobody measured is None, never 0; JSON holds exactly what these values hold.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compressor.artifacts import Artifact, write_json
+from compressor.errors import DataError
+
+REPORT_VERSION = 1
+LOWER_BOUNDS = ("accuracy", "throughput_fps")
+# Latency is a measurement with noise; counts are exact. CONTRACT: met means <= 1.10x for latency, <= 1.00x for counts.
+TOLERANCE = {"latency_ms": 1.10, "latency_p95_ms": 1.10, "latency_default_ms": 1.10, "latency_native_ms": 1.10}
+OVERSHOOT = 0.85
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a network costs and gives. Units are in the names; accuracies are fractions 0..1; None = not measured."""
+
+    params: int | None = None
+    macs: int | None = None
+    size_bytes: int | None = None
+    latency_ms: float | None = None
+    latency_p95_ms: float | None = None
+    latency_default_ms: float | None = None
+    latency_native_ms: float | None = None
+    throughput_fps: float | None = None
+    accuracy: float | None = None
+    accuracy_ci: tuple[float, float] | None = None
+    val_accuracy: float | None = None
+    train_time_s: float | None = None
+    train_avg_memory_bytes: int | None = None
+    train_peak_memory_bytes: int | None = None
+    retrain_avg_memory_bytes: int | None = None
+    retrain_peak_memory_bytes: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values under the names of the fields."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Footprint":
+        """Inverse of `to_json`; names a newer version added are ignored."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in known}
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bounds under the names of footprint fields, in their units, plus `accuracy_drop` against the baseline."""
+
+    bounds: Mapping[str, float]
+
+    def violations(self, result: Footprint, baseline: Footprint) -> list[str]:
+        """One line per missed bound; a bound on a figure that was not measured is missed too."""
+        return [line for name, bound in self.bounds.items() if (line := _missed(name, bound, result, baseline))]
+
+    def overshoots(self, result: Footprint) -> list[str]:
+        """Latency bounds met with much to spare: more was removed than was asked for."""
+        lines = []
+        for name, bound in self.bounds.items():
+            value = getattr(result, name, None)
+            if name in TOLERANCE and value is not None and value < OVERSHOOT * bound:
+                lines.append(f"{name}: {value:.4g} is {value / bound:.2f}x of its bound {bound:.4g}: more was given up than needed")
+        return lines
+
+
+def _missed(name: str, bound: float, result: Footprint, baseline: Footprint) -> str | None:
+    if name == "accuracy_drop":
+        if result.accuracy is None or baseline.accuracy is None:
+            return "accuracy_drop: not measured"
+        drop = baseline.accuracy - result.accuracy
+        return f"accuracy_drop: {drop:.4f} > {bound:.4f}" if drop > bound + 1e-12 else None
+    value = getattr(result, name)
+    if value is None:
+        return f"{name}: not measured"
+    if name in LOWER_BOUNDS:
+        return f"{name}: {value:.6g} < {bound:.6g}" if value < bound else None
+    limit = bound * TOLERANCE.get(name, 1.0)
+    return f"{name}: {value:.6g} > {bound:.6g}" if value > limit else None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All a run found out. `verdict` is `{"status": "passed" | "failed", "reasons": [...]}`."""
+
+    verdict: dict[str, Any]
+    baseline: Footprint
+    result: Footprint
+    stages: tuple[dict[str, Any], ...]
+    artifacts: tuple[Artifact, ...]
+    parity: dict[str, Any]
+    audit: dict[str, Any]
+    benchmark: dict[str, Any]
+    data: dict[str, Any]
+    weights: dict[str, Any]
+    recipe: dict[str, Any]
+    environment: dict[str, Any]
+    timing: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    version: int = REPORT_VERSION
+
+    @property
+    def passed(self) -> bool:
+        """Whether every gate and budget was met."""
+        return bool(self.verdict["status"] == "passed")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values under the names of the fields."""
+        return dataclasses.asdict(self)
+
+
+def write_report(path: Path, report: Report) -> None:
+    """Write `report.json` atomically."""
+    write_json(path, report.to_json())
+
+
+def read_report(path: Path) -> Report:
+    """Read a `report.json`.
+
+    Raises:
+        DataError: missing, damaged, or of an unknown version.
+    """
+    try:
+        data = json.loads(path.read_text())
+        if data["version"] != REPORT_VERSION:
+            raise DataError(f"{path}: report version {data['version']}, this toolkit reads version {REPORT_VERSION}")
+        fields = {f.name for f in dataclasses.fields(Report)}
+        values = {k: v for k, v in data.items() if k in fields}
+        values["baseline"] = Footprint.from_json(values["baseline"])
+        values["result"] = Footprint.from_json(values["result"])
+        values["artifacts"] = tuple(Artifact(**a) for a in values["artifacts"])
+        values["stages"], values["notes"] = tuple(values["stages"]), tuple(values.get("notes", ()))
+        return Report(**values)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no report; give the folder of a finished run") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not a readable report ({error})") from None

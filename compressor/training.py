@@ -1,0 +1,362 @@
+"""One training loop for baseline, recovery after pruning, and quantization-aware training.
+
+Invariant: given the same seed, threads and machine, the same weights come out; on any error the network holds its last
+good weights.
+"""
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from compressor.data import Split
+from compressor.data.batches import Augment, to_input
+from compressor.environment import BF16_FEATURES, cpu_flags
+from compressor.errors import TrainingError
+from compressor.metrics import top1
+from compressor.preprocess import InputSpec
+
+log = logging.getLogger(__name__)
+EVALUATION_BATCH = 64
+# An epoch whose mean loss is this many times the larger of the first epoch's and chance level has diverged.
+DIVERGED = 4.0
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One line of the learning curve. `seconds` counts from the start of the stage."""
+
+    epoch: int
+    loss: float
+    val_accuracy: float
+    val_loss: float
+    learning_rate: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a stage stands; attached to log records as `progress` so that only the command line draws."""
+
+    step: int
+    steps: int
+    epoch: int
+    epochs: int
+    loss: float
+    val_accuracy: float | None
+    seconds: float
+
+
+@dataclass
+class TrainingResult:
+    """What `finetune` did; the network itself holds the weights of `best_epoch`."""
+
+    history: list[Epoch] = field(default_factory=list)
+    best_epoch: int = -1
+    val_accuracy: float = 0.0
+    val_loss: float = math.inf
+    steps: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    precision: str = "float32"
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Knowledge distillation (arXiv 1503.02531): KL divergence to the teacher's softened outputs, times T squared."""
+
+    teacher: nn.Module
+    temperature: float
+    weight: float
+
+
+def choose_precision(asked: str, device: str) -> torch.dtype:
+    """bf16 where the hardware multiplies it natively, float32 elsewhere, unless the recipe insists."""
+    if asked == "auto":
+        native = device == "cuda" or bool(cpu_flags() & set(BF16_FEATURES))
+        return torch.bfloat16 if native else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[asked]
+
+
+def autocast(dtype: torch.dtype, device: str) -> torch.autocast:
+    """Mixed precision around a forward pass; a no-op for float32."""
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16)
+
+
+@torch.no_grad()
+def predict(
+    module: nn.Module, images: NDArray[np.uint8], spec: InputSpec, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Logits in evaluation mode: `(N, H, W, 3)` uint8 -> `(N, classes)` float32 on the CPU."""
+    was_training = module.training
+    module.eval()
+    outputs = []
+    for start in range(0, len(images), EVALUATION_BATCH):
+        with autocast(dtype, device):
+            out = module(to_input(images[start : start + EVALUATION_BATCH], spec, device))
+        outputs.append(out.float().cpu())
+    module.train(was_training)
+    return torch.cat(outputs)
+
+
+def evaluate(
+    module: nn.Module, split: Split, spec: InputSpec, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[float, float]:
+    """Top-1 accuracy (fraction) and mean cross-entropy of a split, weighted by images."""
+    logits = predict(module, split.images, spec, device=device, dtype=dtype)
+    labels = torch.from_numpy(np.asarray(split.labels))
+    loss = float(F.cross_entropy(logits, labels))
+    return float(top1(logits.numpy(), np.asarray(split.labels)).mean()), loss
+
+
+def batches(
+    split: Split, spec: InputSpec, *, size: int, generator: torch.Generator, augment: Augment | None, device: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One shuffled pass over a split, without the ragged rest (a tiny batch would spoil BatchNorm statistics)."""
+    order = torch.randperm(len(split.labels), generator=generator).numpy()
+    size = min(size, len(order))
+    for start in range(0, len(order) - size + 1, size):
+        # Sorted: neighbouring reads of the memory-mapped array; the order inside a batch does not matter.
+        chosen = np.sort(order[start : start + size])
+        x = to_input(split.images[chosen], spec, device)
+        if augment is not None:
+            x = augment(x, generator)
+        yield x, torch.from_numpy(np.asarray(split.labels[chosen])).to(device)
+
+
+def loss_of(outputs: Tensor, labels: Tensor, label_smoothing: float, teacher_outputs: Tensor | None, distill: Distillation | None) -> Tensor:
+    """Cross-entropy, blended with distillation: `(1 - weight) * CE + weight * T^2 * KL(teacher || student)`."""
+    loss = torch.zeros((), device=outputs.device)
+    if distill is None or distill.weight < 1:
+        loss = F.cross_entropy(outputs, labels, label_smoothing=label_smoothing)
+    if distill is None or teacher_outputs is None:
+        return loss
+    t = distill.temperature
+    soft = F.kl_div(
+        F.log_softmax(outputs / t, dim=1), F.log_softmax(teacher_outputs / t, dim=1), log_target=True, reduction="batchmean"
+    )
+    return (1 - distill.weight) * loss + distill.weight * t * t * soft
+
+
+def make_optimizer(module: nn.Module, kind: str, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW (arXiv 1711.05101) or SGD with Nesterov momentum; vectors (biases, norms, ranges) are not decayed."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1 and p.shape.numel() > max(p.shape)], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if not (p.ndim > 1 and p.shape.numel() > max(p.shape))], "weight_decay": 0.0},
+    ]
+    groups = [g for g in groups if g["params"]]
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+    return torch.optim.SGD(groups, lr=learning_rate, momentum=0.9, nesterov=True, fused=True)
+
+
+def schedule_factor(kind: str, warmup: float) -> Callable[[float], float]:
+    """Learning-rate factor over the fraction of the stage done: linear or cosine rise, then cosine fall to ~0.
+
+    `one_cycle` rises by a cosine from 1/25 (arXiv 1708.07120); `cosine` (arXiv 1608.03983) rises linearly from 0.
+    """
+
+    def factor(done: float) -> float:
+        if done < warmup:
+            rise = done / warmup
+            return 0.04 + 0.96 * (1 - math.cos(math.pi * rise)) / 2 if kind == "one_cycle" else max(rise, 1e-3)
+        fall = (done - warmup) / max(1 - warmup, 1e-9)
+        return max((1 + math.cos(math.pi * min(fall, 1.0))) / 2, 1e-4)
+
+    return factor
+
+
+class WeightAverage:
+    """Exponential moving average of parameters and buffers (Polyak averaging), with the usual early-step correction."""
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.decay, self.updates = decay, 0
+        self.state = {k: v.detach().clone() for k, v in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for name, value in module.state_dict().items():
+            if value.is_floating_point():
+                self.state[name].lerp_(value, 1 - decay)
+            else:
+                self.state[name].copy_(value)
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of the state that later training cannot change."""
+    return {k: v.detach().clone() for k, v in module.state_dict().items()}
+
+
+def finetune(
+    module: nn.Module,
+    *,
+    train: Split,
+    val: Split,
+    spec: InputSpec,
+    epochs: int,
+    learning_rate: float,
+    steps: int | None = None,
+    batch_size: int = 32,
+    optimizer: str = "adamw",
+    schedule: str = "one_cycle",
+    warmup: float = 0.25,
+    weight_decay: float = 0.02,
+    label_smoothing: float = 0.0,
+    clip_norm: float | None = 5.0,
+    precision: str = "auto",
+    ema: float | None = None,
+    patience: int | None = None,
+    augment: Augment | None = None,
+    distill: Distillation | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+) -> TrainingResult:
+    """Train `module` in place and leave it with the weights that did best on `val` (accuracy, then loss).
+
+    Args:
+        epochs: passes over `train`; validated after each.
+        steps: upper bound on optimiser steps, shorter than `epochs` passes if given; the schedule spans it.
+        patience: stop after this many epochs without a better validation accuracy.
+        ema: decay of an exponential moving average of the weights; when given, the average is validated and kept.
+
+    Raises:
+        TrainingError: the loss is not finite or has diverged; the last good weights are in `module`.
+    """
+    dtype = choose_precision(precision, device)
+    module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    teacher = distill.teacher.to(device=device, memory_format=torch.channels_last).eval() if distill else None  # type: ignore[call-overload]
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    batch_size = min(batch_size, len(train.labels))
+    per_epoch = len(train.labels) // batch_size
+    total = min(per_epoch * epochs, steps or per_epoch * epochs)
+    epochs = math.ceil(total / per_epoch)
+    opt = make_optimizer(module, optimizer, learning_rate, weight_decay)
+    factor = schedule_factor(schedule, warmup)
+    average = WeightAverage(module, ema) if ema else None
+
+    result = TrainingResult(precision=str(dtype).removeprefix("torch."))
+    good = snapshot(module)
+    chance = math.log(max(2, _classes(module, train, spec, device)))
+    started = time.perf_counter()
+    for epoch in range(epochs):
+        module.train()
+        losses: list[float] = []
+        for x, y in batches(train, spec, size=batch_size, generator=generator, augment=augment, device=device):
+            if result.steps == total:
+                break
+            for group in opt.param_groups:
+                group["lr"] = learning_rate * factor(result.steps / total)
+            with autocast(dtype, device):
+                outputs = module(x)
+                with torch.no_grad():
+                    targets = teacher(x).float() if teacher is not None else None
+            loss = loss_of(outputs.float(), y, label_smoothing, targets, distill)
+            losses.append(float(loss.detach()))
+            if not math.isfinite(losses[-1]):
+                module.load_state_dict(good)
+                raise TrainingError(
+                    f"the loss became {losses[-1]} at step {result.steps + 1} of {total} (epoch {epoch + 1}); the last good "
+                    f"weights are kept. Lower learning_rate (now {learning_rate:g}), set clip_norm, or precision: float32"
+                )
+            opt.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            if clip_norm:
+                nn.utils.clip_grad_norm_(module.parameters(), clip_norm)
+            opt.step()
+            if average:
+                average.update(module)
+            result.steps += 1
+            result.images += len(y)
+            _report_step(result, total, epoch, epochs, losses, started)
+        mean_loss = float(np.mean(losses))
+        first = result.history[0].loss if result.history else mean_loss
+        if mean_loss > DIVERGED * max(first, chance):
+            module.load_state_dict(good)
+            raise TrainingError(
+                f"the mean loss of epoch {epoch + 1} is {mean_loss:.3g}, after {first:.3g} in the first: training diverged; the last "
+                f"good weights are kept. Lower learning_rate (now {learning_rate:g})"
+            )
+        trained = snapshot(module) if average else None
+        if average:
+            module.load_state_dict(average.state)
+        accuracy, val_loss = evaluate(module, val, spec, device=device, dtype=dtype)
+        better = (accuracy, -val_loss) > (result.val_accuracy, -result.val_loss) or result.best_epoch < 0
+        if better:
+            result.best_epoch, result.val_accuracy, result.val_loss = epoch, accuracy, val_loss
+            good = snapshot(module)
+        if trained is not None:
+            module.load_state_dict(trained)
+        seconds = time.perf_counter() - started
+        lr = opt.param_groups[0]["lr"]
+        result.history.append(Epoch(epoch, mean_loss, accuracy, val_loss, lr, seconds))
+        progress = Progress(result.steps, total, epoch + 1, epochs, mean_loss, accuracy, seconds)
+        log.info(
+            "epoch %d/%d  loss %.4f  val %.4f  %.0f s", epoch + 1, epochs, mean_loss, accuracy, seconds, extra={"progress": progress}
+        )
+        risen = max(range(len(result.history)), key=lambda i: result.history[i].val_accuracy)
+        if result.steps == total or (patience and epoch - risen >= patience):
+            break
+    module.load_state_dict(good)
+    module.eval()
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+def _report_step(result: TrainingResult, total: int, epoch: int, epochs: int, losses: list[float], started: float) -> None:
+    last = result.history[-1].val_accuracy if result.history else None
+    recent = float(np.mean(losses[-20:]))
+    progress = Progress(result.steps, total, epoch + 1, epochs, recent, last, time.perf_counter() - started)
+    log.debug("step %d/%d", result.steps, total, extra={"progress": progress})
+
+
+def _classes(module: nn.Module, train: Split, spec: InputSpec, device: str) -> int:
+    return int(predict(module, train.images[:1], spec, device=device).shape[1])
+
+
+@torch.no_grad()
+def reestimate_batchnorm(module: nn.Module, split: Split, spec: InputSpec, *, images: int, seed: int, device: str = "cpu") -> None:
+    """Replace BatchNorm running statistics by plain averages over `images` training images (arXiv 2007.02491).
+
+    Removing channels shifts the distribution every later BatchNorm sees; the stored statistics describe another network.
+    """
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms or images < 1:
+        return
+    saved = [(m.momentum, m.training) for m in norms]
+    was_training = module.training
+    module.eval()
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None  # cumulative average
+        m.train()
+    generator = torch.Generator().manual_seed(seed)
+    seen = 0
+    for x, y in batches(split, spec, size=EVALUATION_BATCH, generator=generator, augment=None, device=device):
+        module(x)
+        seen += len(y)
+        if seen >= images:
+            break
+    module.train(was_training)
+    for m, (momentum, training) in zip(norms, saved, strict=True):
+        m.momentum = momentum
+        m.train(training)
+
+
+def frozen_copy(module: nn.Module) -> nn.Module:
+    """A teacher: evaluation mode, no gradients, sharing nothing with the network it was copied from."""
+    teacher = copy.deepcopy(module).eval()
+    for parameter in teacher.parameters():
+        parameter.requires_grad_(False)
+    return teacher
