@@ -87,4 +87,5 @@ def _euler_numbers(masks: NDArray[np.bool_]) -> NDArray[np.int64]:
     weight[[1, 2, 4, 8]] = 1  # one corner
     weight[[7, 11, 13, 14]] = -1  # three corners
     weight[[6, 9]] = -2  # a diagonal pair
-    return weight[pattern].sum(axis=(1, 2), dtype=np.int64) // 4
+    quarters: NDArray[np.int64] = weight[pattern].sum(axis=(1, 2), dtype=np.int64)
+    return quarters // 4
