@@ -1,0 +1,336 @@
+"""INT8 quantisation with NNCF: BatchNorm folding, calibration, the quantiser configuration as JSON and back.
+
+Invariant: what `quantize` returns is an ordinary trainable module (QAT is training it), and `load_quantized` with its
+configuration and state dict gives a module with equal outputs, without pickle.
+"""
+
+import contextlib
+import copy
+import io
+import json
+import logging
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from types import ModuleType
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from compressor.environment import INT8_FEATURES, cpu_flags, prepare_process
+from compressor.errors import RecipeError, UnsupportedModelError, did_you_mean
+from compressor.fake_quantize import install_kernels
+
+Preset = Literal["mixed", "performance"]
+OverflowFix = Literal["auto", "enable", "disable", "first_layer_only"]
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class _UseCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts how many operations read each tensor; modules' hooks alone would miss functional reads such as `x + y`."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.uses: dict[int, int] = {}
+        self._alive: list[object] = []  # identities stay unique only while the tensors live
+
+    def count(self, values: object) -> None:
+        for leaf in tree_leaves(values):
+            if isinstance(leaf, Tensor):
+                self.uses[id(leaf)] = self.uses.get(id(leaf), 0) + 1
+                self._alive.append(leaf)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Collection[type], args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
+        self.count((args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+
+def fold_batchnorm(module: nn.Module, example: Tensor) -> list[tuple[str, str]]:
+    """Fold every BatchNorm that alone reads one convolution's output into that convolution, in place.
+
+    The pairs are found in the data flow of one evaluation pass, so names and registration order do not matter. Products
+    are formed in float64 and stored in the convolution's own type. Pairs that cannot be folded (shared or parametrised
+    weights, no running statistics, a convolution whose output something else reads too) are left as they are.
+
+    Args:
+        module: Any convolutional network.
+        example: Valid input, (N, C, H, W).
+
+    Returns:
+        Names `(convolution, norm)` in the order of execution, for `apply_fold` to repeat the structural part.
+    """
+    pairs = _find_pairs(module, example)
+    folded: dict[str, tuple[Tensor, Tensor]] = {}
+    with torch.no_grad():
+        for conv_name, norm_name in pairs:
+            conv, norm = module.get_submodule(conv_name), module.get_submodule(norm_name)
+            assert isinstance(conv, _CONVOLUTIONS)
+            assert isinstance(norm, _NORMS)
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            factor = (norm.running_var.double() + norm.eps).rsqrt()
+            if norm.weight is not None:
+                factor = factor * norm.weight.double()
+            shift = (
+                -norm.running_mean.double() if conv.bias is None else conv.bias.double() - norm.running_mean.double()
+            )
+            bias = shift * factor if norm.bias is None else shift * factor + norm.bias.double()
+            weight = conv.weight.double() * factor.reshape(-1, *[1] * (conv.weight.dim() - 1))
+            folded[conv_name] = weight, bias
+        apply_fold(module, pairs)
+        for conv_name, (weight, bias) in folded.items():
+            conv = module.get_submodule(conv_name)
+            assert isinstance(conv, _CONVOLUTIONS)
+            assert conv.bias is not None
+            conv.weight.copy_(weight)
+            conv.bias.copy_(bias)
+    return pairs
+
+
+def apply_fold(module: nn.Module, pairs: Iterable[tuple[str, str]]) -> None:
+    """Give each convolution a (zero) bias and replace its norm by an identity, in place, so that a state dict loads.
+
+    Raises:
+        UnsupportedModelError: A name is not a convolution or a norm of this module.
+    """
+    for conv_name, norm_name in pairs:
+        conv = _submodule(module, conv_name, _CONVOLUTIONS, "convolution")
+        _submodule(module, norm_name, _NORMS, "BatchNorm")
+        if conv.bias is None:
+            weight = cast(Tensor, conv.weight)
+            conv.bias = nn.Parameter(torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device))
+        parent, _, leaf = norm_name.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, nn.Identity())
+
+
+def _submodule(module: nn.Module, name: str, kinds: tuple[type[nn.Module], ...], noun: str) -> nn.Module:
+    named = dict(module.named_modules())
+    if not isinstance(named.get(name), kinds):
+        found = type(named[name]).__name__ if name in named else "nothing"
+        near = did_you_mean(name, [key for key, value in named.items() if isinstance(value, kinds)])
+        raise UnsupportedModelError(f"fold_bn: '{name}' is {found}, not a {noun}{near}")
+    return cast(nn.Module, named[name])
+
+
+def _find_pairs(module: nn.Module, example: Tensor) -> list[tuple[str, str]]:
+    calls: dict[str, int] = {}
+    produced: dict[int, str] = {}
+    read_by: list[tuple[str, int]] = []
+    handles = []
+
+    def after_conv(name: str, output: Tensor) -> None:
+        calls[name] = calls.get(name, 0) + 1
+        produced[id(output)] = name
+
+    def before_norm(name: str, value: Tensor) -> None:
+        calls[name] = calls.get(name, 0) + 1
+        read_by.append((name, id(value)))
+
+    for name, child in module.named_modules():
+        if _is_foldable_conv(child):
+            handles.append(child.register_forward_hook(lambda _m, _i, out, name=name: after_conv(name, out)))
+        elif isinstance(child, _NORMS) and child.running_mean is not None:
+            handles.append(child.register_forward_pre_hook(lambda _m, args, name=name: before_norm(name, args[0])))
+    modes = [(child, child.training) for child in module.modules()]
+    try:
+        module.eval()
+        with torch.no_grad(), _UseCounter() as counter:
+            counter.count(module(example))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for child, training in modes:
+            child.training = training
+    owners: dict[int, int] = {}
+    for child in module.modules():
+        for parameter in child.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    pairs = []
+    for norm_name, tensor in read_by:
+        conv_name = produced.get(tensor)
+        if conv_name is None or counter.uses.get(tensor) != 1 or calls[conv_name] != 1 or calls[norm_name] != 1:
+            continue
+        if all(owners[id(parameter)] == 1 for parameter in module.get_submodule(conv_name).parameters()):
+            pairs.append((conv_name, norm_name))
+    return pairs
+
+
+def _is_foldable_conv(child: nn.Module) -> bool:
+    return isinstance(child, _CONVOLUTIONS) and not parametrize.is_parametrized(child)
+
+
+class _Wrapped(nn.Module):
+    """A plain module around an `nn.Sequential`, whose own `forward` would call NNCF's hook storage as a layer (3.4)."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.network(x))
+
+
+def _wrap(module: nn.Module) -> nn.Module:
+    return _Wrapped(module) if isinstance(module, nn.Sequential) else module
+
+
+def quantize(
+    module: nn.Module,
+    batches: Sequence[Tensor],
+    *,
+    preset: Preset = "mixed",
+    ignored_scope: Collection[str] = (),
+    per_channel_activations: bool = False,
+    overflow_fix: OverflowFix = "auto",
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Insert calibrated fake quantisers; the input module is left as it is.
+
+    Activations are quantised per tensor unless asked otherwise: NNCF's default for depthwise convolutions, per channel,
+    cannot be written as ONNX that onnxruntime accepts.
+
+    Args:
+        module: Network, best after `fold_batchnorm`. An `nn.Sequential` comes back inside a module as `network`.
+        batches: Calibration inputs, each (N, C, H, W), normalised as in training.
+        preset: `performance` = symmetric activations, `mixed` = asymmetric where they are signed.
+        ignored_scope: Globs over module names (those of `module`) that stay in float.
+        per_channel_activations: Lift the per-tensor rule; no portable ONNX can be written then.
+        overflow_fix: Half the weight range, for CPUs without VNNI; `auto` looks at this machine's.
+
+    Returns:
+        The quantised module in evaluation mode, and its configuration for `load_quantized` (JSON-able).
+
+    Raises:
+        RecipeError: A glob matches no module, or nothing that computes; or no batch is given.
+    """
+    if not batches:
+        raise RecipeError("quantize: the calibration subset is empty; subset_size must be at least 1")
+    nncf = _load_nncf()
+    from nncf.quantization import advanced_parameters as advanced
+
+    names = _ignored_nodes(module, batches[0], ignored_scope)
+    network = _wrap(copy.deepcopy(module).eval())
+    activations = advanced.QuantizationParameters(per_channel=None if per_channel_activations else False)
+    with _quiet_stdout():
+        quantized = nncf.quantize(
+            network,
+            nncf.Dataset(list(batches)),
+            preset=nncf.QuantizationPreset(preset),
+            subset_size=len(batches),
+            ignored_scope=nncf.IgnoredScope(names=names) if names else None,
+            advanced_parameters=advanced.AdvancedQuantizationParameters(
+                overflow_fix=advanced.OverflowFix(resolve_overflow_fix(overflow_fix)),
+                activations_quantization_params=activations,
+            ),
+        )
+    config = json.loads(json.dumps(nncf.torch.get_config(quantized)))
+    return cast(nn.Module, quantized.eval()), cast(dict[str, Any], config)
+
+
+def resolve_overflow_fix(choice: OverflowFix) -> str:
+    """NNCF's word for `choice`; `auto` = `disable` where INT8 accumulates in 32 bits (VNNI, AMX), else `enable`.
+
+    Without VNNI two u8 x i8 products are added in 16 bits and saturate; NNCF itself never looks at the CPU (3.4).
+    """
+    if choice != "auto":
+        return choice
+    return "disable" if cpu_flags() & set(INT8_FEATURES) else "enable"
+
+
+def load_quantized(module: nn.Module, config: dict[str, Any], example: Tensor) -> nn.Module:
+    """Put the quantisers of `config` around `module` (in place), ready for `load_state_dict`.
+
+    Args:
+        module: The network as it was when quantised: same structure, BatchNorm folded.
+        config: From `quantize`.
+        example: Valid input, (N, C, H, W), to check that every quantiser meets an operation.
+
+    Raises:
+        UnsupportedModelError: A quantiser belongs to an operation this module does not have. NNCF would leave it
+            unused and the network would silently run in float.
+    """
+    nncf = _load_nncf()
+    from nncf.torch.function_hook.hook_storage import decode_hook_name
+
+    wrapped = _wrap(module)
+    present = set(_node_names(wrapped, example))
+    commands = copy.deepcopy(config.get("compression_state", []))
+    for command in commands:
+        for hook in command["hook_names_in_model"]:
+            node = decode_hook_name(hook)[1]
+            if node not in present:
+                raise UnsupportedModelError(
+                    f"quantizer config: no operation '{node}' in this network{did_you_mean(node, present)}; "
+                    "it was saved for another structure"
+                )
+        # JSON has no tuples, and NNCF compares the shape with one to tell per-tensor from per-channel (3.4).
+        shape = command["module_config"].get("scale_shape")
+        if shape is not None:
+            command["module_config"]["scale_shape"] = tuple(shape)
+    return cast(nn.Module, nncf.torch.load_from_config(wrapped, {"compression_state": commands}))
+
+
+def _ignored_nodes(module: nn.Module, example: Tensor, globs: Collection[str]) -> list[str]:
+    """Names of NNCF's graph nodes inside the modules that the globs match."""
+    if not globs:
+        return []
+    modules = [name for name, _ in module.named_modules() if name]
+    prefix = "network." if isinstance(module, nn.Sequential) else ""
+    nodes = _node_names(_wrap(module), example)
+    chosen: list[str] = []
+    for index, glob in enumerate(globs):
+        matched = [name for name in modules if fnmatchcase(name, glob)]
+        if not matched:
+            raise RecipeError(f"ignored_scope[{index}]: '{glob}' matches no module{did_you_mean(glob, modules)}")
+        scopes = tuple(f"{prefix}{name}.".replace(".", "/") for name in matched)
+        inside = [node for node in nodes if node.startswith(scopes)]
+        if not inside:
+            raise RecipeError(
+                f"ignored_scope[{index}]: '{glob}' matches {matched[0]}, which computes nothing "
+                "(a folded BatchNorm?); name a convolution, a linear layer or a block"
+            )
+        chosen += [node for node in inside if node not in chosen]
+    return chosen
+
+
+def _node_names(module: nn.Module, example: Tensor) -> list[str]:
+    """Operations of NNCF's traced graph, named `module/path/function/call`, and the inputs."""
+    _load_nncf()
+    from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
+
+    modes = [(child, child.training) for child in module.modules()]
+    try:
+        graph = build_nncf_graph(module.eval(), example[:1])
+    finally:
+        for child, training in modes:
+            child.training = training
+    return [node.node_name for node in graph.get_all_nodes()]
+
+
+def _load_nncf() -> ModuleType:
+    """Import NNCF (seconds), quiet on stdout, with our quantisation kernels in the place of its compiled extension."""
+    prepare_process()
+    logger_class = logging.getLoggerClass()
+    import nncf
+    import nncf.torch
+
+    logging.setLoggerClass(logger_class)  # nncf 3.4 replaces the class of every later logger in the process
+    logger = logging.getLogger("nncf")
+    logger.handlers.clear()  # its handler writes to stdout, which belongs to --json
+    logger.propagate = True
+    logger.setLevel(logging.WARNING)
+    install_kernels()
+    return cast(ModuleType, nncf)
+
+
+@contextlib.contextmanager
+def _quiet_stdout() -> Iterator[None]:
+    """NNCF draws progress bars on stdout without a way to switch them off (3.4)."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
