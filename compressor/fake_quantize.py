@@ -23,7 +23,7 @@ def install_kernels() -> None:
     for device in devices:
         namespace: object = getattr(quantize_functions, f"QuantizedFunctions{device}", None)
         if hasattr(namespace, "_loaded_namespace"):
-            namespace._loaded_namespace = NativeKernels  # type: ignore[attr-defined]
+            namespace._loaded_namespace = NativeKernels
         else:
             log.warning("this NNCF has no place for our %s kernels; it compiles its own at first use", device)
 
