@@ -49,7 +49,7 @@ def out_of_space_is_clear(path: Path) -> Iterator[None]:
 
 
 def write_via(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, sync it, and rename it into place; nothing is left on failure."""
+    """Let `write` fill a temporary file beside `path`, sync it, rename it into place; nothing is left on failure."""
     temporary = path.with_name(f".{path.stem}.tmp{os.getpid()}{path.suffix}")
     with out_of_space_is_clear(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ Invariant: the maximum is the kernel's own (`VmHWM`, reset at the start) whereve
 two samples is lost.
 """
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -82,7 +83,5 @@ def time_weighted_mean(samples: list[tuple[float, int]]) -> int:
     elapsed = samples[-1][0] - samples[0][0]
     if elapsed <= 0:
         return samples[-1][1]
-    area = sum(
-        (t1 - t0) * (v0 + v1) / 2 for (t0, v0), (t1, v1) in zip(samples, samples[1:], strict=False)
-    )
+    area = sum((t1 - t0) * (v0 + v1) / 2 for (t0, v0), (t1, v1) in itertools.pairwise(samples))
     return round(area / elapsed)

@@ -28,7 +28,9 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
-def paired_interval(first: Sequence[bool] | NDArray[np.bool_], second: Sequence[bool] | NDArray[np.bool_]) -> tuple[float, float]:
+def paired_interval(
+    first: Sequence[bool] | NDArray[np.bool_], second: Sequence[bool] | NDArray[np.bool_]
+) -> tuple[float, float]:
     """95 % interval of the difference of two accuracies (first - second) on the same images.
 
     Wald interval for paired proportions with the Agresti-Min adjustment of +0.5 per cell (doi 10.1002/sim.1781).

@@ -1,4 +1,4 @@
-"""What was measured, as values: footprints, bounds on them, and the report of a run.
+"""What was measured, as values: footprints and the report of a run.
 
 Invariant: a figure nobody measured is None, never 0; JSON holds exactly what these values hold.
 """
@@ -14,10 +14,6 @@ from compressor.artifacts import Artifact, write_json
 from compressor.errors import DataError
 
 REPORT_VERSION = 1
-LOWER_BOUNDS = ("accuracy", "throughput_fps")
-# Latency is a measurement with noise; counts are exact. CONTRACT: met means <= 1.10x for latency, <= 1.00x for counts.
-TOLERANCE = {"latency_ms": 1.10, "latency_p95_ms": 1.10, "latency_default_ms": 1.10, "latency_native_ms": 1.10}
-OVERSHOOT = 0.85
 
 
 @dataclass(frozen=True)
@@ -51,41 +47,6 @@ class Footprint:
         known = {f.name for f in dataclasses.fields(cls)}
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in known}
         return cls(**values)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Bounds under the names of footprint fields, in their units, plus `accuracy_drop` against the baseline."""
-
-    bounds: Mapping[str, float]
-
-    def violations(self, result: Footprint, baseline: Footprint) -> list[str]:
-        """One line per missed bound; a bound on a figure that was not measured is missed too."""
-        return [line for name, bound in self.bounds.items() if (line := _missed(name, bound, result, baseline))]
-
-    def overshoots(self, result: Footprint) -> list[str]:
-        """Latency bounds met with much to spare: more was removed than was asked for."""
-        lines = []
-        for name, bound in self.bounds.items():
-            value = getattr(result, name, None)
-            if name in TOLERANCE and value is not None and value < OVERSHOOT * bound:
-                lines.append(f"{name}: {value:.4g} is {value / bound:.2f}x of its bound {bound:.4g}: more was given up than needed")
-        return lines
-
-
-def _missed(name: str, bound: float, result: Footprint, baseline: Footprint) -> str | None:
-    if name == "accuracy_drop":
-        if result.accuracy is None or baseline.accuracy is None:
-            return "accuracy_drop: not measured"
-        drop = baseline.accuracy - result.accuracy
-        return f"accuracy_drop: {drop:.4f} > {bound:.4f}" if drop > bound + 1e-12 else None
-    value = getattr(result, name)
-    if value is None:
-        return f"{name}: not measured"
-    if name in LOWER_BOUNDS:
-        return f"{name}: {value:.6g} < {bound:.6g}" if value < bound else None
-    limit = bound * TOLERANCE.get(name, 1.0)
-    return f"{name}: {value:.6g} > {bound:.6g}" if value > limit else None
 
 
 @dataclass(frozen=True)

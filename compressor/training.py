@@ -5,6 +5,7 @@ good weights.
 """
 
 import copy
+import itertools
 import logging
 import math
 import time
@@ -93,7 +94,12 @@ def autocast(dtype: torch.dtype, device: str) -> torch.autocast:
 
 @torch.no_grad()
 def predict(
-    module: nn.Module, images: NDArray[np.uint8], spec: InputSpec, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+    module: nn.Module,
+    images: NDArray[np.uint8],
+    spec: InputSpec,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Logits in evaluation mode: `(N, H, W, 3)` uint8 -> `(N, classes)` float32 on the CPU."""
     was_training = module.training
@@ -132,7 +138,13 @@ def batches(
         yield x, torch.from_numpy(np.asarray(split.labels[chosen])).to(device)
 
 
-def loss_of(outputs: Tensor, labels: Tensor, label_smoothing: float, teacher_outputs: Tensor | None, distill: Distillation | None) -> Tensor:
+def loss_of(
+    outputs: Tensor,
+    labels: Tensor,
+    label_smoothing: float,
+    teacher_outputs: Tensor | None,
+    distill: Distillation | None,
+) -> Tensor:
     """Cross-entropy, blended with distillation: `(1 - weight) * CE + weight * T^2 * KL(teacher || student)`."""
     loss = torch.zeros((), device=outputs.device)
     if distill is None or distill.weight < 1:
@@ -141,7 +153,10 @@ def loss_of(outputs: Tensor, labels: Tensor, label_smoothing: float, teacher_out
         return loss
     t = distill.temperature
     soft = F.kl_div(
-        F.log_softmax(outputs / t, dim=1), F.log_softmax(teacher_outputs / t, dim=1), log_target=True, reduction="batchmean"
+        F.log_softmax(outputs / t, dim=1),
+        F.log_softmax(teacher_outputs / t, dim=1),
+        log_target=True,
+        reduction="batchmean",
     )
     return (1 - distill.weight) * loss + distill.weight * t * t * soft
 
@@ -150,7 +165,10 @@ def make_optimizer(module: nn.Module, kind: str, learning_rate: float, weight_de
     """AdamW (arXiv 1711.05101) or SGD with Nesterov momentum; vectors (biases, norms, ranges) are not decayed."""
     trainable = [p for p in module.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trainable if p.ndim > 1 and p.shape.numel() > max(p.shape)], "weight_decay": weight_decay},
+        {
+            "params": [p for p in trainable if p.ndim > 1 and p.shape.numel() > max(p.shape)],
+            "weight_decay": weight_decay,
+        },
         {"params": [p for p in trainable if not (p.ndim > 1 and p.shape.numel() > max(p.shape))], "weight_decay": 0.0},
     ]
     groups = [g for g in groups if g["params"]]
@@ -204,9 +222,9 @@ def finetune(
     train: Split,
     val: Split,
     spec: InputSpec,
-    epochs: int,
-    learning_rate: float,
+    epochs: int | None = None,
     steps: int | None = None,
+    learning_rate: float = 5e-4,
     batch_size: int = 32,
     optimizer: str = "adamw",
     schedule: str = "one_cycle",
@@ -226,7 +244,7 @@ def finetune(
 
     Args:
         epochs: passes over `train`; validated after each.
-        steps: upper bound on optimiser steps, shorter than `epochs` passes if given; the schedule spans it.
+        steps: optimiser steps instead of epochs; validated after each pass and at the end.
         patience: stop after this many epochs without a better validation accuracy.
         ema: decay of an exponential moving average of the weights; when given, the average is validated and kept.
 
@@ -240,7 +258,7 @@ def finetune(
     torch.manual_seed(seed)
     batch_size = min(batch_size, len(train.labels))
     per_epoch = len(train.labels) // batch_size
-    total = min(per_epoch * epochs, steps or per_epoch * epochs)
+    total = steps if steps is not None else per_epoch * (epochs or 1)
     epochs = math.ceil(total / per_epoch)
     opt = make_optimizer(module, optimizer, learning_rate, weight_decay)
     factor = schedule_factor(schedule, warmup)
@@ -267,8 +285,8 @@ def finetune(
             if not math.isfinite(losses[-1]):
                 module.load_state_dict(good)
                 raise TrainingError(
-                    f"the loss became {losses[-1]} at step {result.steps + 1} of {total} (epoch {epoch + 1}); the last good "
-                    f"weights are kept. Lower learning_rate (now {learning_rate:g}), set clip_norm, or precision: float32"
+                    f"the loss became {losses[-1]} at step {result.steps + 1} of {total} (epoch {epoch + 1}); the last "
+                    f"good weights are kept. Lower learning_rate (now {learning_rate:g}), set clip_norm, or use float32"
                 )
             opt.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -285,8 +303,8 @@ def finetune(
         if mean_loss > DIVERGED * max(first, chance):
             module.load_state_dict(good)
             raise TrainingError(
-                f"the mean loss of epoch {epoch + 1} is {mean_loss:.3g}, after {first:.3g} in the first: training diverged; the last "
-                f"good weights are kept. Lower learning_rate (now {learning_rate:g})"
+                f"training diverged: mean loss {mean_loss:.3g} in epoch {epoch + 1}, {first:.3g} in the first; the last"
+                f" good weights are kept. Lower learning_rate (now {learning_rate:g})"
             )
         trained = snapshot(module) if average else None
         if average:
@@ -303,7 +321,13 @@ def finetune(
         result.history.append(Epoch(epoch, mean_loss, accuracy, val_loss, lr, seconds))
         progress = Progress(result.steps, total, epoch + 1, epochs, mean_loss, accuracy, seconds)
         log.info(
-            "epoch %d/%d  loss %.4f  val %.4f  %.0f s", epoch + 1, epochs, mean_loss, accuracy, seconds, extra={"progress": progress}
+            "epoch %d/%d  loss %.4f  val %.4f  %.0f s",
+            epoch + 1,
+            epochs,
+            mean_loss,
+            accuracy,
+            seconds,
+            extra={"progress": progress},
         )
         risen = max(range(len(result.history)), key=lambda i: result.history[i].val_accuracy)
         if result.steps == total or (patience and epoch - risen >= patience):
@@ -314,7 +338,9 @@ def finetune(
     return result
 
 
-def _report_step(result: TrainingResult, total: int, epoch: int, epochs: int, losses: list[float], started: float) -> None:
+def _report_step(
+    result: TrainingResult, total: int, epoch: int, epochs: int, losses: list[float], started: float
+) -> None:
     last = result.history[-1].val_accuracy if result.history else None
     recent = float(np.mean(losses[-20:]))
     progress = Progress(result.steps, total, epoch + 1, epochs, recent, last, time.perf_counter() - started)
@@ -326,13 +352,15 @@ def _classes(module: nn.Module, train: Split, spec: InputSpec, device: str) -> i
 
 
 @torch.no_grad()
-def reestimate_batchnorm(module: nn.Module, split: Split, spec: InputSpec, *, images: int, seed: int, device: str = "cpu") -> None:
-    """Replace BatchNorm running statistics by plain averages over `images` training images (arXiv 2007.02491).
+def reestimate_batchnorm(
+    module: nn.Module, split: Split, spec: InputSpec, *, passes: int, seed: int, device: str = "cpu", size: int = 32
+) -> None:
+    """Replace BatchNorm running statistics by plain averages over `passes` training batches (arXiv 2007.02491).
 
-    Removing channels shifts the distribution every later BatchNorm sees; the stored statistics describe another network.
+    Removing channels shifts the distribution every later BatchNorm sees; the stored ones describe another network.
     """
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    if not norms or images < 1:
+    if not norms or passes < 1:
         return
     saved = [(m.momentum, m.training) for m in norms]
     was_training = module.training
@@ -342,12 +370,10 @@ def reestimate_batchnorm(module: nn.Module, split: Split, spec: InputSpec, *, im
         m.momentum = None  # cumulative average
         m.train()
     generator = torch.Generator().manual_seed(seed)
-    seen = 0
-    for x, y in batches(split, spec, size=EVALUATION_BATCH, generator=generator, augment=None, device=device):
+    for x, _ in itertools.islice(
+        batches(split, spec, size=size, generator=generator, augment=None, device=device), passes
+    ):
         module(x)
-        seen += len(y)
-        if seen >= images:
-            break
     module.train(was_training)
     for m, (momentum, training) in zip(norms, saved, strict=True):
         m.momentum = momentum

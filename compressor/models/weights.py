@@ -5,6 +5,8 @@ Invariant: a network is asked only when the caller says so; what did not load is
 
 import logging
 import pickle
+import shutil
+import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from compressor.artifacts import sha256_of, write_via
 from compressor.environment import weights_dir
-from compressor.errors import ResourceError, RecipeError, did_you_mean
+from compressor.errors import RecipeError, ResourceError, did_you_mean
 from compressor.models import HEADS
 
 log = logging.getLogger(__name__)
@@ -62,7 +64,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     raise ResourceError(f"{path}: '{path.suffix}' is not supported; allowed: .safetensors, .pth, .pt")
 
 
-def load_into(model: nn.Module, tensors: Mapping[str, Tensor], *, head: str, source: str, sha256: str | None) -> WeightsReport:
+def load_into(
+    model: nn.Module, tensors: Mapping[str, Tensor], *, head: str, source: str, sha256: str | None
+) -> WeightsReport:
     """Copy `tensors` into `model`; only the head may differ in shape and then keeps its fresh initialisation.
 
     Raises:
@@ -86,21 +90,26 @@ def load_into(model: nn.Module, tensors: Mapping[str, Tensor], *, head: str, sou
 
 
 def load_weights(
-    model: nn.Module, *, name: str, weights: str, download: bool = False, fallback: str | None = None, relative_to: Path | None = None
+    model: nn.Module,
+    *,
+    name: str,
+    weights: str,
+    download: bool = False,
+    fallback: str | None = None,
 ) -> WeightsReport:
     """Load what `model.weights` asks for: `imagenet`, a path, or `none`.
 
     Args:
         model: freshly built network, changed in place.
         name: architecture name, decides the hub id and the head.
-        weights: `imagenet`, `none` or a path; a relative path is looked up from `relative_to`, then from here.
+        weights: `imagenet`, `none`, or a path relative to the current folder.
         download: whether the hub may be asked.
         fallback: `none` allows random initialisation when `imagenet` is not at hand.
     """
     if weights == "none":
         return WeightsReport("none", None, 0, tuple(model.state_dict()), (), (), ("random initialisation, as asked",))
     if weights == "imagenet":
-        path = weights_dir() / f"{name}_imagenet.safetensors"
+        path = imagenet_path(name)
         if not path.is_file() and download:
             fetch_weights(name)
         if not path.is_file():
@@ -115,10 +124,13 @@ def load_weights(
             note = "ImageNet weights were not at hand: random initialisation (weights_fallback: none)"
             return WeightsReport("none", None, 0, tuple(model.state_dict()), (), (), (note,))
     else:
-        given = Path(weights).expanduser()
-        path = relative_to / given if relative_to and not given.is_absolute() and (relative_to / given).exists() else given
+        path = Path(weights).expanduser()
     report = load_into(model, read_tensors(path), head=HEADS[name], source=str(path), sha256=sha256_of(path))
-    for kind, keys in (("missing", report.missing), ("unexpected", report.unexpected), ("re-initialised", report.reinitialised)):
+    for kind, keys in (
+        ("missing", report.missing),
+        ("unexpected", report.unexpected),
+        ("re-initialised", report.reinitialised),
+    ):
         if keys:
             log.info("weights: %d %s: %s", len(keys), kind, ", ".join(keys[:8]))
     return report
@@ -132,32 +144,28 @@ def fetch_weights(name: str) -> Path:
         ResourceError: the hub cannot be reached or does not have the file.
     """
     if name not in HUB_IDS:
-        raise RecipeError(f"weights fetch: '{name}' is not known; allowed: {', '.join(HUB_IDS)}{did_you_mean(name, HUB_IDS)}")
-    import os
-
-    # One attempt, no telemetry header; both are read when huggingface_hub is imported.
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    os.environ["HF_HUB_ETAG_TIMEOUT"] = os.environ["HF_HUB_DOWNLOAD_TIMEOUT"] = str(HUB_TIMEOUT_S)
-    import httpx
+        known = ", ".join(HUB_IDS)
+        raise RecipeError(f"weights fetch: '{name}' is not known; allowed: {known}{did_you_mean(name, HUB_IDS)}")
     from huggingface_hub import hf_hub_url
 
-    url = hf_hub_url(HUB_IDS[name], "model.safetensors")
-    target = weights_dir() / f"{name}_imagenet.safetensors"
+    # Not hf_hub_download: offline it retries for half a minute (huggingface_hub 2.4) and it caches in the home folder.
+    url, target = hf_hub_url(HUB_IDS[name], "model.safetensors"), imagenet_path(name)
 
     def download(path: Path) -> None:
-        timeout = httpx.Timeout(HUB_TIMEOUT_S, connect=HUB_TIMEOUT_S / 2)
-        with httpx.stream("GET", url, follow_redirects=True, timeout=timeout) as response:
-            response.raise_for_status()
-            with path.open("wb") as file:
-                for block in response.iter_bytes():
-                    file.write(block)
+        with urllib.request.urlopen(url, timeout=HUB_TIMEOUT_S) as response, path.open("wb") as file:  # noqa: S310
+            shutil.copyfileobj(response, file)
         read_tensors(path)
 
     try:
         write_via(target, download)
-    except (httpx.HTTPError, OSError) as error:
+    except OSError as error:
         raise ResourceError(
             f"weights fetch {name}: {url} could not be read ({type(error).__name__}); "
-            f"copy the file by hand to {target}, or give model.weights a path"
+            f"copy that file by hand to {target}, or give model.weights a path"
         ) from error
     return target
+
+
+def imagenet_path(name: str) -> Path:
+    """Where `weights: imagenet` looks for the weights of an architecture."""
+    return weights_dir() / f"{name}_imagenet.safetensors"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class SeparableConv2d(nn.Module):
-    """Depthwise convolution followed by a pointwise one, without an activation between (arXiv 1610.02357, section 3)."""
+    """Depthwise convolution followed by a pointwise one, no activation between (arXiv 1610.02357, section 3)."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, padding: int = 1):
         super().__init__()
@@ -22,7 +22,7 @@ class SeparableConv2d(nn.Module):
 
 
 class Block(nn.Module):
-    """Residual block of `reps` separable convolutions; a strided or widening block has a 1x1 convolution on its skip."""
+    """Residual block of `reps` separable convolutions; a strided or widening one has a 1x1 convolution on its skip."""
 
     def __init__(
         self,

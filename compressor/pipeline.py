@@ -1,0 +1,284 @@
+"""The one verb: `compress(recipe) -> Report`.
+
+Invariant: work happens in `RUN.partial/`; `RUN` appears by one rename, after its manifest is written, or not at all.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressor import __version__, environment
+from compressor.artifacts import write_json
+from compressor.checkpoint import Network, load_network, save_network
+from compressor.context import Context
+from compressor.data import Dataset, load_dataset
+from compressor.data.batches import to_input
+from compressor.errors import RecipeError, ResourceError, TrainingError
+from compressor.models import HEADS, build
+from compressor.models.counting import count
+from compressor.models.weights import WeightsReport, load_weights
+from compressor.preprocess import InputSpec
+from compressor.proof import Networks, prove
+from compressor.recipe import Finetune, Quantize, Recipe
+from compressor.recipe_loader import load_recipe
+from compressor.report import Footprint, Report, write_report
+from compressor.run_folder import exclusive, log_file, open_partial, publish, stage_is_ready
+from compressor.stages import run_stage
+from compressor.training import frozen_copy
+
+log = logging.getLogger(__name__)
+STAGE_VERSION = 1  # part of every stage key: raise it when a stage's result changes for the same recipe
+
+
+@dataclass
+class _Run:
+    """The state of one execution: networks worth keeping and the records of the stages so far."""
+
+    recipe: Recipe
+    partial: Path
+    context: Context
+    weights: WeightsReport
+    records: list[dict[str, Any]] = field(default_factory=list)
+    timing: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def compress(
+    recipe: str | Path | Recipe,
+    run_dir: str | Path | None = None,
+    *,
+    model: nn.Module | None = None,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    force: bool = False,
+    device: str = "auto",
+) -> Report:
+    """Run a recipe from data to verified artifacts.
+
+    Args:
+        recipe: path of a YAML recipe, or a validated `Recipe`.
+        run_dir: folder to create; default a fresh one under `runs/`.
+        model: reserved for a caller's own network (not supported yet).
+        overrides: `PATH=VALUE` changes to the recipe, as `--set` on the command line.
+        resume: continue `RUN.partial/` from its last finished stage.
+        force: replace an existing run folder; the old one stays until the new one is complete.
+        device: `auto`, `cpu` or `cuda`, for training only; measurements are OpenVINO's on the CPU.
+
+    Returns:
+        The report, also when a gate or a budget was missed (`report.passed` is then False).
+
+    Raises:
+        CompressorError: anything else that prevented a run; finished stages stay in `RUN.partial/`.
+    """
+    if model is not None:
+        raise RecipeError("compress(model=...): own networks are not supported yet; name a built-in one in the recipe")
+    environment.prepare_process()
+    tree, name = _read_recipe(recipe, overrides)
+    run = Path(run_dir) if run_dir else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    partial = open_partial(run, tree, resume=resume, force=force)
+    with exclusive(partial), log_file(partial / "run.log"):
+        state, network = _prepare(tree, partial, _device(device))
+        networks = _run_stages(state, network)
+        report = prove(
+            state.context,
+            tree,
+            networks,
+            records=state.records,
+            timing=state.timing,
+            weights=dataclasses.asdict(state.weights),
+            notes=state.notes,
+        )
+        write_report(partial / "report.json", report)
+        publish(partial, run, state.records)
+    return report
+
+
+def _read_recipe(recipe: str | Path | Recipe, overrides: Sequence[str]) -> tuple[Recipe, str]:
+    """The validated recipe and a name for its runs."""
+    if isinstance(recipe, Recipe):
+        if overrides:
+            raise RecipeError("overrides need a recipe file; change the Recipe itself instead")
+        return recipe, "recipe"
+    return load_recipe(Path(recipe), overrides).recipe, Path(recipe).stem
+
+
+def _prepare(recipe: Recipe, partial: Path, device: str) -> tuple[_Run, Network]:
+    """Load data and weights: everything that can be found wrong before a stage starts."""
+    started = time.perf_counter()
+    spec = input_spec(recipe)
+    data = _load_data(recipe, spec)
+    torch.manual_seed(recipe.seed)
+    module = build(recipe.model.source, recipe.model.name, recipe.model.args, len(data.labels))
+    _initialise_head(module, HEADS[recipe.model.name], recipe.seed)
+    weights = load_weights(
+        module,
+        name=recipe.model.name,
+        weights=recipe.model.weights,
+        download=recipe.model.weights_download,
+        fallback=recipe.model.weights_fallback,
+    )
+    example = to_input(data.train.images[:1], spec, "cpu")
+    state = _Run(recipe, partial, Context(example, data, device, partial), weights)
+    state.notes += [*data.notes, *weights.notes]
+    state.timing["prepare"] = time.perf_counter() - started
+    architecture = {
+        "source": recipe.model.source,
+        "name": recipe.model.name,
+        "args": dict(recipe.model.args),
+        "num_classes": len(data.labels),
+    }
+    return state, Network(module, architecture, (), None, (3, spec.height, spec.width))
+
+
+def input_spec(recipe: Recipe) -> InputSpec:
+    """The recipe's `input` section as the preprocessing every part shares."""
+    height, width = recipe.input.size
+    return InputSpec(height, width, recipe.input.resize, recipe.input.fit, recipe.input.mean, recipe.input.std)
+
+
+def _device(asked: str) -> str:
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ResourceError("--device cuda: torch finds no CUDA device; use --device cpu")
+    if asked not in ("cpu", "cuda"):
+        raise RecipeError(f"--device: found '{asked}', allowed: auto, cpu, cuda")
+    return asked
+
+
+def _load_data(recipe: Recipe, spec: InputSpec) -> Dataset:
+    cache = environment.cache_dir() / "data"
+    return load_dataset(spec=spec, cache=cache, seed=recipe.seed, **recipe.data.model_dump())
+
+
+def _initialise_head(module: nn.Module, head: str, seed: int) -> None:
+    """Small seeded weights for a new classifier, so that the first loss is that of a uniform guess."""
+    layer = module.get_submodule(head)
+    assert isinstance(layer, nn.Linear)
+    generator = torch.Generator().manual_seed(seed)
+    nn.init.normal_(layer.weight, std=0.01, generator=generator)
+    nn.init.zeros_(layer.bias)
+
+
+def _first_key(state: _Run) -> str:
+    """What the first stage depends on: model, weights, data with its preprocessing, seed, versions and device."""
+    return _digest(
+        {
+            "version": STAGE_VERSION,
+            "toolkit": __version__,
+            "model": state.recipe.model.model_dump(mode="json"),
+            "weights": state.weights.sha256,
+            "data": state.context.data.fingerprint,
+            "seed": state.recipe.seed,
+            "versions": environment.versions(),
+            "device": state.context.device,
+        }
+    )
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _run_stages(state: _Run, network: Network) -> Networks:
+    """Run every stage, or take it from this run's folder or an earlier run's; keep the networks that get measured."""
+    stages = state.recipe.stages
+    lead = next((i for i, stage in enumerate(stages) if not isinstance(stage, Finetune)), len(stages))
+    quantize_at = next((i for i, stage in enumerate(stages) if isinstance(stage, Quantize)), None)
+    keys = [_first_key(state)]
+    for stage in stages:
+        keys.append(_digest([keys[-1], stage.model_dump(mode="json")]))
+    ready = 0
+    while ready < len(stages) and stage_is_ready(_stage_folder(state, ready), keys[ready + 1]):
+        ready += 1
+    kept: dict[str, Network] = {}
+    teacher: nn.Module | None = None
+    baseline = Footprint()
+    for i in range(len(stages) + 1):
+        if i == lead:
+            kept["baseline"] = dataclasses.replace(network, module=frozen_copy(network.module))
+            teacher = kept["baseline"].module
+            counts = count(teacher, state.context.example)
+            baseline = Footprint(params=counts.params, macs=counts.macs)
+        if i == quantize_at:
+            kept["floating"] = dataclasses.replace(network, module=frozen_copy(network.module))
+        if i == len(stages):
+            break
+        folder = _stage_folder(state, i)
+        if i < ready:
+            state.records.append({**json.loads((folder / "footprint.json").read_text()), "reused": True})
+            if i + 1 in (ready, lead, quantize_at):
+                network = load_network(folder)
+            log.info("stage %d/%d %s: reused", i + 1, len(stages), stages[i].type)
+            continue
+        log.info("stage %d/%d %s", i + 1, len(stages), stages[i].type)
+        network = _run_one(state, i, network, keys[i + 1], teacher, baseline)
+    final = dataclasses.replace(network, module=frozen_copy(network.module))
+    return Networks(
+        baseline=kept["baseline"],
+        baseline_trained=lead > 0,
+        floating=kept.get("floating", final),
+        quantized=final if quantize_at is not None else None,
+    )
+
+
+def _run_one(
+    state: _Run, index: int, network: Network, key: str, teacher: nn.Module | None, baseline: Footprint
+) -> Network:
+    """Run one stage and write its folder in one rename."""
+    stage = state.recipe.stages[index]
+    started = time.perf_counter()
+    try:
+        outcome = run_stage(
+            stage,
+            network,
+            state.context,
+            where=f"stages[{index}]",
+            seed=state.recipe.seed + index,
+            teacher=teacher,
+            baseline=baseline,
+        )
+    except TrainingError as error:
+        save_network(state.partial / "last_good", network)
+        raise TrainingError(f"stages[{index}]: {error} (in {state.partial / 'last_good'})") from error
+    seconds = time.perf_counter() - started
+    record = {
+        "index": index,
+        "type": stage.type,
+        "key": key,
+        "seconds": seconds,
+        "footprint": outcome.footprint.to_json(),
+        "details": outcome.details,
+        "notes": list(outcome.notes),
+    }
+    for note in outcome.notes:
+        log.warning("stages[%d]: %s", index, note)
+    folder = _stage_folder(state, index)
+    unfinished = folder.with_name("." + folder.name)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    save_network(unfinished, outcome.network)
+    if outcome.plan is not None:
+        write_json(unfinished / "plan.json", outcome.plan)
+    write_json(unfinished / "footprint.json", record)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+    state.records.append({**record, "reused": False})
+    state.timing[f"stages[{index}] {stage.type}"] = seconds
+    log.info(
+        "stage %d done in %.0f s: %.4f validation accuracy", index + 1, seconds, outcome.footprint.val_accuracy or 0.0
+    )
+    return outcome.network
+
+
+def _stage_folder(state: _Run, index: int) -> Path:
+    return state.partial / "stages" / f"{index:02d}-{state.recipe.stages[index].type}"

@@ -1,0 +1,150 @@
+"""What each stage of a recipe does to a network.
+
+Invariant: `run_stage` returns a network whose outputs have the same shape and dtype as before, and finite parameters.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, assert_never
+
+import torch
+from torch import Tensor, nn
+
+from compressor import recipe as spec
+from compressor.checkpoint import Network
+from compressor.context import Context, Work, train
+from compressor.data import calibration_indices
+from compressor.data.batches import to_input
+from compressor.errors import TrainingError, UnsupportedModelError
+from compressor.memory import measure_memory
+from compressor.models.counting import count
+from compressor.pruning.groups import resolve_scope
+from compressor.quantization import fold_batchnorm, quantize
+from compressor.report import Footprint
+from compressor.structure import drop_blocks_stage, prune_stage, reduce_channels_stage, replace_kernels_stage
+from compressor.training import evaluate
+
+QUANTIZER_STATE = "__nncf_hooks"  # NNCF 3.4 keeps quantizers below this name
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A stage's network and what happened: figures for the footprint, details for the report, a plan for people."""
+
+    network: Network
+    footprint: Footprint
+    details: dict[str, Any]
+    notes: tuple[str, ...] = ()
+    plan: dict[str, Any] | None = None
+
+
+def run_stage(
+    stage: spec.Stage,
+    network: Network,
+    context: Context,
+    *,
+    where: str,
+    seed: int,
+    teacher: nn.Module | None,
+    baseline: Footprint,
+) -> Outcome:
+    """Run one stage; `network.module` may be changed in place, the returned network is the one to keep.
+
+    Args:
+        where: key path of the stage in the recipe, for messages.
+        teacher: the frozen baseline, for distillation.
+        baseline: what targets such as `0.4x` are fractions of.
+
+    Raises:
+        UnsupportedModelError: the stage changed the shape or type of the outputs, or left a parameter not finite.
+    """
+    before = _signature(network.module, context.example)
+    work = Work({}, [], [])
+    module = network.module
+    match stage:
+        case spec.Finetune():
+            _finetune(module, stage, context, work, seed=seed, teacher=teacher)
+        case spec.Prune():
+            prune_stage(module, stage, context, work, where=where, seed=seed, teacher=teacher, baseline=baseline)
+        case spec.ReduceChannels():
+            reduce_channels_stage(module, stage, context, work, where=where, seed=seed)
+        case spec.ReplaceKernels():
+            replace_kernels_stage(module, stage, context, work, where=where, seed=seed)
+        case spec.DropBlocks():
+            drop_blocks_stage(module, stage, context, work, where=where, seed=seed, teacher=teacher, baseline=baseline)
+        case spec.Quantize():
+            module = _quantize(module, stage, context, work, where=where, seed=seed)
+        case _:
+            assert_never(stage)
+    after = _signature(module, context.example)
+    if after != before:
+        raise UnsupportedModelError(
+            f"{where}: outputs were {before} and became {after}; this is a fault of the toolkit, please report it"
+        )
+    bad = [
+        name
+        for name, value in module.state_dict().items()
+        if value.is_floating_point() and not bool(value.isfinite().all())
+    ]
+    if bad:
+        raise TrainingError(
+            f"{where}: {len(bad)} tensors are not finite any more, first {bad[0]}; lower the learning rate"
+        )
+    kept = dataclasses.replace(
+        network, module=module, edits=(*network.edits, *work.edits), quantizer=work.quantizer or network.quantizer
+    )
+    return Outcome(kept, _footprint(kept, context, work, network), work.details, tuple(work.notes), work.plan)
+
+
+def _signature(module: nn.Module, example: Tensor) -> tuple[tuple[int, ...], str]:
+    device = next(module.parameters()).device
+    module.eval()
+    with torch.no_grad():
+        out = module(example.to(device))
+    return tuple(out.shape), str(out.dtype)
+
+
+def _footprint(network: Network, context: Context, work: Work) -> Footprint:
+    """Counts, validation accuracy and training cost of a stage. A quantizer's own ranges are not parameters."""
+    accuracy, _ = evaluate(network.module, context.data.val, context.data.spec, device=context.device)
+    memory = work.memory
+    return Footprint(
+        params=sum(p.numel() for name, p in network.module.named_parameters() if QUANTIZER_STATE not in name),
+        macs=count(network.module, context.example).macs,
+        val_accuracy=accuracy,
+        train_time_s=work.train_time_s,
+        train_avg_memory_bytes=memory.average_bytes if memory else None,
+        train_peak_memory_bytes=memory.peak_bytes if memory else None,
+    )
+
+
+def _finetune(
+    module: nn.Module, stage: spec.Finetune, context: Context, work: Work, *, seed: int, teacher: nn.Module | None
+) -> None:
+    with measure_memory() as memory:
+        result = train(module, stage, context, seed=seed, teacher=teacher)
+    work.memory, work.train_time_s = memory, result.seconds
+    work.details = dataclasses.asdict(result)
+
+
+def _quantize(
+    module: nn.Module, stage: spec.Quantize, context: Context, work: Work, *, where: str, seed: int
+) -> nn.Module:
+    module.to("cpu")
+    ignored = resolve_scope(module, stage.ignored_scope, where=f"{where}.ignored_scope")
+    pairs = fold_batchnorm(module, context.example)
+    work.edits.append({"type": "fold_bn", "pairs": [list(pair) for pair in pairs]})
+    train = context.data.train
+    chosen = calibration_indices(train, stage.subset_size, seed)
+    calibration: Sequence[Tensor] = [to_input(train.images[i : i + 1], context.data.spec, "cpu") for i in chosen]
+    quantized, work.quantizer = quantize(
+        module,
+        calibration,
+        preset=stage.preset,
+        ignored_scope=sorted(ignored),
+        per_channel_activations=stage.per_channel_activations,
+        overflow_fix=stage.overflow_fix,
+    )
+    work.details = {"folded": len(pairs), "calibration_images": len(chosen)}
+    return quantized

@@ -1,0 +1,214 @@
+"""Stages that change a network's structure: fewer channels, smaller kernels, fewer blocks.
+
+Invariant: what is done to the network is also appended to `work.edits`, so that replaying the edits rebuilds it.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compressor import recipe as spec
+from compressor.context import Context, Work, recovery
+from compressor.data import Split, calibration_indices
+from compressor.data.batches import to_input
+from compressor.errors import RecipeError
+from compressor.models.counting import count
+from compressor.pruning.apply import apply_plan
+from compressor.pruning.blocks import find_blocks
+from compressor.pruning.depth import drop_greedily
+from compressor.pruning.groups import find_groups, resolve_scope
+from compressor.pruning.importance import score_groups
+from compressor.pruning.kernels import find_kernels, replace_kernels
+from compressor.pruning.plan import PrunePlan, decide_plan, width_plan
+from compressor.report import Footprint
+from compressor.training import evaluate, predict, reestimate_batchnorm
+
+DISTILL_T = 2.0  # temperature at which removing a block is judged
+
+
+def _reestimate(module: nn.Module, passes: int, context: Context, seed: int) -> None:
+    reestimate_batchnorm(module, context.data.train, context.data.spec, passes=passes, seed=seed, device=context.device)
+
+
+def _apply_plan(module: nn.Module, plan: PrunePlan, context: Context, work: Work) -> None:
+    apply_plan(module, plan, context.example)
+    work.edits.append({"type": "prune", "plan": plan.to_json()})
+    work.plan = plan.to_json()
+    work.notes += [f"group {name} was left as it was: {reason}" for name, reason in plan.skipped.items()]
+
+
+def _loss_batches(context: Context, count_batches: int, size: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Class-balanced training batches for gradient-based importance."""
+    train = context.data.train
+    chosen = np.random.default_rng(seed).permutation(calibration_indices(train, count_batches * size, seed))
+    parts = [np.sort(chosen[i : i + size]) for i in range(0, len(chosen), size)]
+    return [
+        (to_input(train.images[p], context.data.spec, "cpu"), torch.from_numpy(np.asarray(train.labels[p])))
+        for p in parts
+    ]
+
+
+def prune_stage(
+    module: nn.Module,
+    stage: spec.Prune,
+    context: Context,
+    work: Work,
+    *,
+    where: str,
+    seed: int,
+    teacher: nn.Module | None,
+    baseline: Footprint,
+) -> None:
+    module.to("cpu")
+    ignored = resolve_scope(module, stage.ignored_scope, where=f"{where}.ignored_scope")
+    start = count(module, context.example)
+    goal_macs = stage.target.macs.resolve(baseline.macs) if stage.target and stage.target.macs else None
+    goal_params = stage.target.params.resolve(baseline.params) if stage.target and stage.target.params else None
+    recover = recovery(stage.recovery, context, work, seed=seed, teacher=teacher)
+    steps = []
+    for i in range(stage.iterations):
+        groups = find_groups(module, context.example, ignored=ignored)
+        batches = (
+            _loss_batches(context, stage.importance_batches, 32, seed + i) if stage.importance == "taylor" else None
+        )
+        scores = score_groups(module, groups, kind=stage.importance, loss_batches=batches, seed=seed + i)
+        share = (i + 1) / stage.iterations
+        plan = decide_plan(
+            module,
+            context.example,
+            groups=groups,
+            scores=scores,
+            ranking=stage.ranking,
+            pruning_ratio=None
+            if stage.pruning_ratio is None
+            else 1 - (1 - stage.pruning_ratio) ** (1 / stage.iterations),
+            target_macs=None if goal_macs is None else _between(start.macs, goal_macs, share),
+            target_params=None if goal_params is None else _between(start.params, goal_params, share),
+            round_to=stage.round_to,
+            min_channels=stage.min_channels,
+        )
+        _apply_plan(module, plan, context, work)
+        _reestimate(module, stage.bn_batches, context, seed)
+        now = count(module, context.example)
+        steps.append({"macs": now.macs, "params": now.params})
+        if i + 1 < stage.iterations:
+            recover(module, i)
+            module.to("cpu")
+    work.details["iterations"] = steps
+
+
+def _between(start: int, goal: float, share: float) -> int:
+    """A point on the geometric path from `start` to `goal`, rounded down so that the last one is met."""
+    return int(start * (min(goal, start) / start) ** share)
+
+
+def reduce_channels_stage(
+    module: nn.Module, stage: spec.ReduceChannels, context: Context, work: Work, *, where: str, seed: int
+) -> None:
+    module.to("cpu")
+    ignored = resolve_scope(module, stage.ignored_scope, where=f"{where}.ignored_scope")
+    groups = find_groups(module, context.example, ignored=ignored)
+    scores = score_groups(module, groups, kind="magnitude", loss_batches=None, seed=seed)
+    plan = width_plan(
+        module,
+        context.example,
+        groups=groups,
+        scores=scores,
+        width=stage.width,
+        overrides=stage.widths,
+        round_to=stage.round_to,
+        min_channels=stage.min_channels,
+    )
+    _apply_plan(module, plan, context, work)
+    if stage.init == "random":
+        _reinitialise(module, seed)
+        work.notes.append("all weights were drawn anew (init: random)")
+    _reestimate(module, stage.bn_batches, context, seed)
+
+
+def _reinitialise(module: nn.Module, seed: int) -> None:
+    """Fresh weights for every layer that knows how to draw its own; nothing of the pretrained ones stays."""
+    torch.manual_seed(seed)
+    for child in module.modules():
+        if hasattr(child, "reset_parameters"):
+            child.reset_parameters()  # type: ignore[operator]
+
+
+def replace_kernels_stage(
+    module: nn.Module, stage: spec.ReplaceKernels, context: Context, work: Work, *, where: str, seed: int
+) -> None:
+    module.to("cpu")
+    ignored = resolve_scope(module, stage.ignored_scope, where=f"{where}.ignored_scope")
+    resolve_scope(module, stage.scope, where=f"{where}.scope")
+    names = [name for name in find_kernels(module, stage.scope) if name not in ignored]
+    if not names:
+        raise RecipeError(f"{where}.scope: no k x k convolution that could become 1x1 in {list(stage.scope)}")
+    replace_kernels(module, names, init=stage.init, seed=seed)
+    work.edits.append({"type": "replace_kernels", "modules": names})
+    work.details["modules"] = names
+    _reestimate(module, stage.bn_batches, context, seed)
+
+
+def drop_blocks_stage(
+    module: nn.Module,
+    stage: spec.DropBlocks,
+    context: Context,
+    work: Work,
+    *,
+    where: str,
+    seed: int,
+    teacher: nn.Module | None,
+    baseline: Footprint,
+) -> None:
+    module.to("cpu")
+    scope = resolve_scope(module, stage.scope, where=f"{where}.scope")
+    blocks = [name for name in find_blocks(module, context.example) if name in scope]
+    if not blocks:
+        raise RecipeError(
+            f"{where}.scope: no residual block in {list(stage.scope)} can be removed without changing shapes"
+        )
+    goal = stage.target.macs.resolve(baseline.macs) if stage.target and stage.target.macs else None
+    loss = _measured_loss(stage, context, teacher, seed)
+    recover = recovery(stage.recovery, context, work, seed=seed, teacher=teacher)
+
+    def done(network: nn.Module, dropped: int) -> bool:
+        return (
+            dropped >= stage.count if stage.count is not None else count(network, context.example).macs <= (goal or 0)
+        )
+
+    def mend(network: nn.Module, index: int) -> None:
+        _reestimate(network, stage.bn_batches, context, seed)
+        recover(network, index)
+
+    drops = drop_greedily(module, blocks, done=done, loss=loss, recover=mend)
+    if not done(module, len(drops)):
+        reached = count(module, context.example).macs
+        raise RecipeError(
+            f"{where}: only {len(blocks)} blocks can be dropped, which leaves {reached} MACs "
+            f"({reached / (baseline.macs or reached):.3f}x of the baseline); ask for fewer blocks or a higher target"
+        )
+    work.edits.append({"type": "drop_blocks", "modules": [drop.block for drop in drops]})
+    work.details["drops"] = [dataclasses.asdict(drop) for drop in drops]
+
+
+def _measured_loss(
+    stage: spec.DropBlocks, context: Context, teacher: nn.Module | None, seed: int
+) -> Callable[[nn.Module], float]:
+    """Cross-entropy on validation, or distillation loss on training images; the same images every time."""
+    data = context.data
+    if stage.metric == "val_loss":
+        chosen = calibration_indices(data.val, stage.metric_images, seed)
+        part = Split(data.val.images[chosen], data.val.labels[chosen], tuple(data.val.names[i] for i in chosen))
+        return lambda network: evaluate(network, part, data.spec, device=context.device)[1]
+    assert teacher is not None, "the recipe validator demands a baseline before distillation"
+    images = data.train.images[calibration_indices(data.train, stage.metric_images, seed)]
+    wanted = torch.log_softmax(predict(teacher, images, data.spec, device=context.device) / DISTILL_T, dim=1)
+
+    def distance(network: nn.Module) -> float:
+        got = torch.log_softmax(predict(network, images, data.spec, device=context.device) / DISTILL_T, dim=1)
+        return float(nn.functional.kl_div(got, wanted, log_target=True, reduction="batchmean"))
+
+    return distance
