@@ -1,0 +1,159 @@
+"""Targets and budgets: numbers in a key's own unit, or fractions of what the baseline measures.
+
+Invariant: a bound is positive and finite, and prints the way a recipe writes it.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, WithJsonSchema
+
+from compressor.errors import RecipeError
+
+_PATTERN = r"^([0-9]+\.?[0-9]*|\.[0-9]+)x$"
+_FRACTION = re.compile(_PATTERN)
+# One model configuration for the whole tree: unknown keys and wrong types are errors, NaN and infinity are no numbers.
+STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A number in the key's own unit, or (`relative`) a fraction of the baseline's measurement."""
+
+    value: float
+    relative: bool = False
+
+    def resolve(self, baseline: float | None) -> float:
+        """Return the bound in the key's own unit.
+
+        Raises:
+            RecipeError: The bound is relative and the baseline was not measured.
+        """
+        if not self.relative:
+            return self.value
+        if baseline is None:
+            raise RecipeError(f"found {self}, a fraction of a baseline that was not measured; give an absolute number")
+        return self.value * baseline
+
+    def plain(self) -> int | float | str:
+        """Return the bound as a recipe writes it."""
+        number = int(self.value) if self.value.is_integer() else self.value
+        return f"{number}x" if self.relative else number
+
+    def __str__(self) -> str:
+        return str(self.plain())
+
+
+def _parse(value: object, *, largest: float = math.inf, largest_fraction: float = math.inf) -> Bound:
+    if isinstance(value, Bound):
+        bound = value
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        bound = Bound(float(value))
+    elif isinstance(value, str) and (match := _FRACTION.fullmatch(value)):
+        bound = Bound(float(match[1]), relative=True)
+    else:
+        raise ValueError("not a bound")
+    limit = largest_fraction if bound.relative else largest
+    if not 0 < bound.value <= limit or math.isinf(bound.value):
+        raise ValueError("out of range")
+    return bound
+
+
+def parse_bound(value: object) -> Bound:
+    """Read `4.5e8` or `"0.4x"`.
+
+    Raises:
+        ValueError: Anything else, or a number that is not positive and finite.
+    """
+    return _parse(value)
+
+
+def _parse_reduction(value: object) -> Bound:
+    return _parse(value, largest_fraction=1)
+
+
+def _parse_accuracy(value: object) -> Bound:
+    return _parse(value, largest=1)
+
+
+def _schema(number: dict[str, float], fraction: str) -> WithJsonSchema:
+    return WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "number", "exclusiveMinimum": 0, **number},
+                {"type": "string", "pattern": _PATTERN, "description": fraction},
+            ]
+        }
+    )
+
+
+_FRACTION_TEXT = "a fraction of the baseline such as 0.4x"
+_WRITE = PlainSerializer(Bound.plain)
+AnyBound = Annotated[Bound, PlainValidator(parse_bound), _WRITE, _schema({}, _FRACTION_TEXT)]
+# What pruning aims at: a fraction above 1x would ask it to grow the network.
+ReductionBound = Annotated[
+    Bound, PlainValidator(_parse_reduction), _WRITE, _schema({}, f"{_FRACTION_TEXT} (at most 1x)")
+]
+AccuracyBound = Annotated[Bound, PlainValidator(_parse_accuracy), _WRITE, _schema({"maximum": 1}, _FRACTION_TEXT)]
+
+
+def _upper(what: str) -> Any:
+    return Field(
+        default=None, description=f"Largest allowed {what}: a number, or a fraction of the baseline's such as 0.5x."
+    )
+
+
+class BudgetSection(BaseModel):
+    """What the result must meet; a miss fails the run after the report is written."""
+
+    model_config = STRICT
+
+    params: AnyBound | None = _upper("number of parameters")
+    macs: AnyBound | None = _upper("number of multiply-accumulates for one sample")
+    size_bytes: AnyBound | None = _upper("size of the IR (.xml and .bin) in bytes")
+    latency_ms: AnyBound | None = _upper("median latency of one request in ms at the network's input size")
+    latency_p95_ms: AnyBound | None = _upper("95th percentile of the latency in ms")
+    latency_default_ms: AnyBound | None = _upper("median latency in ms at OpenVINO's default precision")
+    latency_native_ms: AnyBound | None = _upper("median latency in ms for images of the data set's median size")
+    throughput_fps: AnyBound | None = Field(
+        default=None,
+        description="Smallest allowed images a second, requests asynchronous; 3x = three times the baseline's.",
+    )
+    accuracy: AccuracyBound | None = Field(
+        default=None,
+        description="Smallest allowed top-1 test accuracy as a fraction 0..1, or of the baseline's such as 0.98x.",
+    )
+    accuracy_drop: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="Largest allowed baseline accuracy minus result accuracy; 0.03 = three points.",
+    )
+    train_time_s: AnyBound | None = _upper("training time of all stages in seconds")
+    train_avg_memory_bytes: AnyBound | None = _upper("time-weighted mean resident memory of training, in bytes")
+    train_peak_memory_bytes: AnyBound | None = _upper("peak resident memory of training, in bytes")
+    retrain_avg_memory_bytes: AnyBound | None = _upper("mean resident memory of retraining the slim network, in bytes")
+    retrain_peak_memory_bytes: AnyBound | None = _upper("peak resident memory of retraining the slim network, in bytes")
+
+    def resolve(self, baseline: Mapping[str, float | None]) -> dict[str, float]:
+        """Return the bounds that are set by footprint name, in the keys' own units, and `accuracy_drop` as it is.
+
+        Args:
+            baseline: the baseline's footprint by name.
+
+        Raises:
+            RecipeError: A bound is relative and the baseline's figure was not measured.
+        """
+        bounds = {}
+        for name, value in self:
+            if isinstance(value, Bound):
+                try:
+                    bounds[name] = value.resolve(baseline.get(name))
+                except RecipeError as error:
+                    raise RecipeError(f"budget.{name}: {error}") from error
+            elif value is not None:
+                bounds[name] = float(value)
+        return bounds

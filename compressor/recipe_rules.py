@@ -1,0 +1,98 @@
+"""Rules that span several keys of a recipe: the order of stages, who may be distilled from, what fits the input.
+
+Invariant: works on plain data that may hold other faults (those parts are passed over), so that everything wrong with a
+recipe can be reported at once.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from compressor.strict_yaml import KeyPath
+
+STRUCTURAL = frozenset({"prune", "reduce_channels", "replace_kernels", "drop_blocks"})
+DEFAULT_SIZE = (299, 299)
+
+
+def broken_rules(data: object) -> Iterator[tuple[KeyPath, str]]:
+    """Yield the key path and the text of every broken rule."""
+    root = _mapping(data)
+    listed = root.get("stages")
+    stages = [_mapping(stage) for stage in listed] if isinstance(listed, list) else []
+    yield from _order(stages)
+    yield from _teacher(root, stages)
+    yield from _geometry(root, stages)
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _trainings(stages: list[Mapping[str, Any]]) -> Iterator[tuple[int, KeyPath, Mapping[str, Any]]]:
+    """Yield stage index, key path and options of every training loop."""
+    for index, stage in enumerate(stages):
+        if stage.get("type") == "finetune":
+            yield index, ("stages", index), stage
+        elif isinstance(stage.get("recovery"), dict):
+            yield index, ("stages", index, "recovery"), stage["recovery"]
+
+
+def _order(stages: list[Mapping[str, Any]]) -> Iterator[tuple[KeyPath, str]]:
+    quantized: int | None = None
+    for index, stage in enumerate(stages):
+        kind = stage.get("type")
+        if kind not in ("quantize", *STRUCTURAL):
+            continue
+        if quantized is not None:
+            text = f"found '{kind}' after the quantize of stages[{quantized}], allowed there only finetune"
+            yield ("stages", index, "type"), text
+        elif kind == "quantize":
+            quantized = index
+
+
+def _teacher(root: Mapping[str, Any], stages: list[Mapping[str, Any]]) -> Iterator[tuple[KeyPath, str]]:
+    """The baseline is the network before the first stage that is no finetune; until then nobody can teach."""
+    leading = next((index for index, stage in enumerate(stages) if stage.get("type") != "finetune"), len(stages))
+    for index, path, options in _trainings(stages):
+        if index < leading and options.get("distill") is not None:
+            text = (
+                "found in a finetune that trains the baseline, which is the teacher itself; remove it, or put it later"
+            )
+            yield (*path, "distill"), text
+    if leading or not stages or _head_may_be_trained(root):
+        return
+    need = "needs a trained baseline: begin `stages` with a finetune, or give model.weights a file that covers the head"
+    for _, path, options in _trainings(stages):
+        if options.get("distill") is not None:
+            yield (*path, "distill"), f"found a teacher whose head is new and untrained; {need}"
+    for index, stage in enumerate(stages):
+        if stage.get("metric") == "distill_loss":
+            yield ("stages", index, "metric"), f"found 'distill_loss' against a head that is new and untrained; {need}"
+    budget = _mapping(root.get("budget"))
+    for name in ("accuracy_drop", "accuracy"):
+        if budget.get(name) is not None and (name == "accuracy_drop" or isinstance(budget[name], str)):
+            yield ("budget", name), f"found {budget[name]!r:.20} against a head that is new and untrained; {need}"
+
+
+def _head_may_be_trained(root: Mapping[str, Any]) -> bool:
+    """A file may hold a head that fits, and ImageNet's fits a folder of its classes: only loading the weights tells."""
+    weights, source = _mapping(root.get("model")).get("weights", "imagenet"), _mapping(root.get("data")).get("source")
+    return weights not in ("imagenet", "none") or (weights == "imagenet" and source == "image_folder")
+
+
+def _geometry(root: Mapping[str, Any], stages: list[Mapping[str, Any]]) -> Iterator[tuple[KeyPath, str]]:
+    size = _mapping(root.get("input")).get("size", DEFAULT_SIZE)
+    height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
+    if not _is_integer(height) or not _is_integer(width):
+        return
+    for _, path, options in _trainings(stages):
+        augment = _mapping(options.get("augment"))
+        shift = augment.get("shift")
+        if _is_integer(shift) and shift >= min(height, width):
+            text = f"found {shift}, allowed less than the input's shorter side of {min(height, width)}"
+            yield (*path, "augment", "shift"), text
+        if augment.get("rotate90") is True and height != width:
+            yield (*path, "augment", "rotate90"), f"found true, needs a square input.size, not [{height}, {width}]"
