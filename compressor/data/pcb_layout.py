@@ -16,6 +16,10 @@ _HALF = SPAN / 2
 _DIAGONAL = 0.7071067811865476
 _FAR = np.float32(40.0)
 
+# Least and greatest width of a track and of the gap to the next. At 64 px a unit is a little more than a pixel of
+# DeepPCB, whose thinnest tracks and gaps are 8 px wide.
+_TRACK_STYLES = ((5.5, 8.0, 6.0, 10.0), (8.0, 13.0, 6.5, 13.0), (14.0, 32.0, 8.0, 20.0))
+
 
 class Dice:
     """Uniform draws that are bit-equal on every machine.
@@ -118,7 +122,7 @@ def draw_layout(canvas: Canvas, dice: Dice) -> Field:
 
 def _flood(canvas: Canvas, dice: Dice, field: Field) -> Field:
     """Pour copper over a side, or all, of the crop, leaving a clearance around what is there."""
-    clearance = dice.between(4.5, 9)
+    clearance = dice.between(6, 11)
     pour = canvas.filled(-float(_FAR)) if dice.chance(0.3) else _edge(canvas, dice)
     flooded: Field = np.minimum(field, np.maximum(pour, np.float32(clearance) - field))
     return flooded
@@ -157,9 +161,7 @@ def _ridge(canvas: Canvas, dice: Dice) -> Field:
 def _tracks(canvas: Canvas, dice: Dice) -> Field:
     """Parallel tracks along one route, some ending in pads, some carrying pads or vias."""
     ridge = _ridge(canvas, dice)
-    low, high, gap_low, gap_high = ((4.0, 6.0, 4.5, 7.0), (6.0, 10.0, 5.0, 10.0), (11.0, 26.0, 6.0, 16.0))[
-        dice.below(3)
-    ]
+    low, high, gap_low, gap_high = _TRACK_STYLES[dice.below(len(_TRACK_STYLES))]
     sparse = dice.between(0.1, 0.5)
     equal = dice.chance(0.5)
     width, gap = dice.between(low, high), dice.between(gap_low, gap_high)
@@ -178,7 +180,7 @@ def _tracks(canvas: Canvas, dice: Dice) -> Field:
     if end < _HALF:
         field = np.maximum(field, canvas.slope(1, 0, end))
     drilled = dice.chance(0.6)
-    hole = dice.between(2.8, 4.0)
+    hole = dice.between(3.4, 5.0)
     for centre, half, gap in routes:
         column = end if end < _HALF and dice.chance(0.8) else dice.between(-30, end)
         if column != end and not dice.chance(0.4):
@@ -188,12 +190,12 @@ def _tracks(canvas: Canvas, dice: Dice) -> Field:
         if float(distance[row]) > 1:
             continue  # the route leaves the crop before this column
         y = float(canvas.y[row, 0])
-        radius = half + min(dice.between(0.8, 5), gap - 4)
-        if radius < 4.2:
+        radius = half + min(dice.between(1.5, 6), gap - 5.5)
+        if radius < max(6, half + 1.5):
             continue
         pad = canvas.box(column, y, radius, radius) if dice.chance(0.25) else canvas.disc(column, y, radius)
         field = np.minimum(field, pad)
-        if drilled and radius > hole + 2.4:
+        if drilled and radius > hole + 3:
             field = np.maximum(field, -canvas.disc(column, y, hole))
     return field
 
@@ -201,9 +203,9 @@ def _tracks(canvas: Canvas, dice: Dice) -> Field:
 def _pads(canvas: Canvas, dice: Dice) -> Field:
     """Pads on a grid, round, square or oblong, with or without holes, some joined by tracks."""
     columns, rows = _grid_lines(dice), _grid_lines(dice)
-    radius = dice.between(5, 9.5)
-    hole = dice.between(2.6, radius * 0.5) if dice.chance(0.65) else 0.0
-    track = dice.between(2.2, 4.2)
+    radius = dice.between(6.5, 12)
+    hole = dice.between(3.2, radius * 0.5) if dice.chance(0.65) else 0.0
+    track = dice.between(2.8, 4.6)
     shape = dice.below(4)
     tracks = canvas.filled(float(_FAR))
     pads, holes = tracks.copy(), tracks.copy()
@@ -236,7 +238,7 @@ def _pads(canvas: Canvas, dice: Dice) -> Field:
 
 
 def _grid_lines(dice: Dice) -> list[float]:
-    spacing = dice.between(21, 36)
+    spacing = dice.between(26, 44)
     position = -_HALF - dice.between(0, spacing)
     lines = []
     while position < _HALF + 10:
@@ -250,17 +252,17 @@ def _slotted_pour(canvas: Canvas, dice: Dice) -> Field:
     field = canvas.filled(-float(_FAR))
     for _ in range(1 + dice.below(2)):
         ridge = _ridge(canvas, dice)
-        half = dice.between(2.4, 6)
+        half = dice.between(3.2, 7)
         field = np.maximum(field, np.float32(half) - np.abs(ridge - np.float32(dice.between(-20, 20))))
         if dice.chance(0.4):
             field = np.rot90(field)
     for _ in range(dice.below(4)):
         x, y = dice.between(-30, 30), dice.between(-30, 30)
         if dice.chance(0.5):
-            field = np.maximum(field, -canvas.disc(x, y, dice.between(4, 7)))
+            field = np.maximum(field, -canvas.disc(x, y, dice.between(5, 9)))
         else:
-            radius = dice.between(5, 8)
-            field = np.maximum(field, -canvas.disc(x, y, radius + dice.between(4, 6)))
+            radius = dice.between(6, 10)
+            field = np.maximum(field, -canvas.disc(x, y, radius + dice.between(6, 8)))
             field = np.minimum(field, canvas.disc(x, y, radius))
     return field
 
@@ -269,8 +271,8 @@ def _lone_edge(canvas: Canvas, dice: Dice) -> Field:
     """Little else than the outline of a pour, and perhaps a pad beside it."""
     field = _edge(canvas, dice)
     if dice.chance(0.6):
-        radius = dice.between(5, 10)
+        radius = dice.between(6, 12)
         x, y = dice.between(-30, 30), dice.between(-30, 30)
-        field = np.maximum(field, np.float32(radius + dice.between(5, 8)) - canvas.disc(x, y, 0))
+        field = np.maximum(field, np.float32(radius + dice.between(6, 9)) - canvas.disc(x, y, 0))
         field = np.minimum(field, canvas.disc(x, y, radius))
     return field

@@ -19,8 +19,8 @@ CLASSES: tuple[str, ...] = ("ok", "open", "short", "mousebite", "spur", "copper"
 MIN_SIZE = 48  # below this the thinnest defects are under two pixels
 
 _MARGIN = 9.0  # a defect starts at least this far from the border, in layout units
-_SAFETY = 0.9  # the laws must also hold with every copper edge moved by this much, in layout units
-_SMALLEST_PIECE = 40.0  # of a net, in square units: less would look like spurious copper
+_SAFETY = 1.2  # the laws must also hold with every copper edge moved by this much, in layout units
+_SMALLEST_PIECE = 60.0  # of a net, in square units: less would look like spurious copper
 _ROUND = 64  # candidates drawn before their topology is measured together
 
 Point = tuple[float, float]
@@ -150,10 +150,11 @@ def _lawful(canvas: Canvas, kind: str, before: Field, after: Field, noise: Field
 
 def _roughness(canvas: Canvas, dice: Dice) -> Field:
     """Jitter of the edges as binarisation leaves it: some from pixel to pixel, some shared by rows and columns."""
-    size, depth = canvas.size, dice.between(0.1, 0.45)
+    size, depth = canvas.size, dice.between(0.05, 0.35)
     lines = dice.noise((2, size)) * np.float32(0.5 * depth * canvas.unit)
     jitter: Field = dice.noise((size, size)) * np.float32(depth * canvas.unit)
-    return jitter + lines[0][None, :] + lines[1][:, None]
+    jitter += lines[0][None, :] + lines[1][:, None]
+    return jitter
 
 
 # --- placing a defect: each returns the distance field of the copper to add or remove, or None if it finds no place
@@ -239,9 +240,9 @@ def _blob(canvas: Canvas, dice: Dice, x: float, y: float, reach: float, radius: 
 
 def _place_open(canvas: Canvas, dice: Dice, field: Field) -> Field | None:
     edge = _pick_edge(canvas, dice, field)
-    if edge is None or not 2.5 < edge.copper < 28:
+    if edge is None or not 4 < edge.copper < 34:
         return None
-    radius = dice.between(1.5, 2.8)
+    radius = dice.between(1.8, 3.4)
     lean = dice.between(-2, 2)
     points = [
         edge.point(radius, -lean),
@@ -253,9 +254,9 @@ def _place_open(canvas: Canvas, dice: Dice, field: Field) -> Field | None:
 
 def _place_short(canvas: Canvas, dice: Dice, field: Field) -> Field | None:
     edge = _pick_edge(canvas, dice, field)
-    if edge is None or not 3 < edge.bare < 24:
+    if edge is None or not 4 < edge.bare < 30:
         return None
-    radius = dice.between(1.4, 2.8)
+    radius = dice.between(1.8, 3.4)
     lean = dice.between(-2, 2)
     points = [
         edge.point(-1, -lean),
@@ -269,10 +270,10 @@ def _place_mousebite(canvas: Canvas, dice: Dice, field: Field) -> Field | None:
     edge = _pick_edge(canvas, dice, field)
     if edge is None:
         return None
-    depth = min(dice.between(2.6, 7), edge.copper - 2.4)
-    if depth < 2.2:
+    depth = min(dice.between(3.4, 9), edge.copper - 2.6)
+    if depth < 3:
         return None
-    radius = min(dice.between(1.3, 3.0), depth)
+    radius = min(dice.between(1.8, 3.6), depth)
     lean = dice.between(-2.5, 2.5)
     return _stroke(canvas, [edge.point(radius * 0.6, -lean), edge.point(radius - depth, lean)], radius)
 
@@ -281,25 +282,25 @@ def _place_spur(canvas: Canvas, dice: Dice, field: Field) -> Field | None:
     edge = _pick_edge(canvas, dice, field)
     if edge is None:
         return None
-    height = min(dice.between(2.8, 8), edge.bare - 2.6)
-    if height < 2.6:
+    height = min(dice.between(3.6, 10), edge.bare - 3)
+    if height < 3.2:
         return None
-    radius = min(dice.between(1.3, 2.8), height * 0.6)
+    radius = min(dice.between(1.8, 3.4), height * 0.6)
     lean = dice.between(-2.5, 2.5)
     return _stroke(canvas, [edge.point(-1, -lean), edge.point(height - radius, lean)], radius)
 
 
 def _place_copper(canvas: Canvas, dice: Dice, field: Field) -> Field | None:
-    radius, reach = dice.between(1.4, 2.6), dice.between(0, 5)
-    place = _pick(canvas, dice, field > radius + 0.8 * reach + 2.2)
+    radius, reach = dice.between(1.9, 3.4), dice.between(0, 6)
+    place = _pick(canvas, dice, field > radius + 0.8 * reach + 2.5)
     if place is None:
         return None
     return _blob(canvas, dice, *_at(canvas, *place), reach, radius)
 
 
 def _place_pinhole(canvas: Canvas, dice: Dice, field: Field) -> Field | None:
-    radius, reach = dice.between(1.3, 2.4), dice.between(0, 4.5)
-    place = _pick(canvas, dice, field < -(radius + 0.6 * reach + 1.8))
+    radius, reach = dice.between(1.8, 3.2), dice.between(0, 5.5)
+    place = _pick(canvas, dice, field < -(radius + 0.6 * reach + 2.2))
     if place is None:
         return None
     return _blob(canvas, dice, *_at(canvas, *place), reach, radius)
