@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, WithJso
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from compressor.errors import did_you_mean
-from compressor.recipe_bounds import STRICT, Bound, BudgetSection
+from compressor.recipe_bounds import STRICT, Bound, Budget
 from compressor.recipe_rules import DEFAULT_SIZE, broken_rules
 from compressor.recipe_stages import (
     Augment,
@@ -25,7 +25,7 @@ from compressor.recipe_stages import (
     ReplaceKernels,
     Stage,
     Target,
-    TrainOptions,
+    Training,
     refuse,
 )
 
@@ -33,7 +33,7 @@ __all__ = [
     "Augment",
     "BenchmarkSection",
     "Bound",
-    "BudgetSection",
+    "Budget",
     "DataSection",
     "Distill",
     "DropBlocks",
@@ -49,7 +49,7 @@ __all__ = [
     "ReplaceKernels",
     "Stage",
     "Target",
-    "TrainOptions",
+    "Training",
 ]
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt")
@@ -84,8 +84,8 @@ class ModelSection(BaseModel):
     weights: str = Field(
         default="imagenet",
         min_length=1,
-        description="imagenet (from the local cache), none (random), or a .safetensors or .pth file, looked up beside "
-        "the recipe, then in the current folder.",
+        description="imagenet (from the local cache), none (random), or a .safetensors or .pth file, relative "
+        "to the current folder.",
     )
     weights_download: bool = Field(
         default=False, description="Ask the hub when the cache does not hold the ImageNet weights."
@@ -123,8 +123,8 @@ class DataSection(BaseModel):
     path: str | None = Field(
         default=None,
         min_length=1,
-        description="A folder or .tar with train/ [val/] test/, or with one folder per class; looked up beside the "
-        "recipe, then in the current folder.",
+        description="A folder or .tar with train/ [val/] test/, or with one folder per class; relative to the "
+        "current folder.",
     )
     val_fraction: float = Field(
         default=0.1, gt=0, le=0.4, description="Share of train that becomes val if there is no val/."
@@ -181,11 +181,6 @@ class InputSection(BaseModel):
         default=(0.5, 0.5, 0.5), description="Red, green and blue divisors after the mean is subtracted."
     )
 
-    @property
-    def height_width(self) -> tuple[int, int]:
-        """Return `size` as it is always stored."""
-        return self.size
-
 
 class ExportSection(BaseModel):
     """What is written and how it is proven equal."""
@@ -234,8 +229,8 @@ class Recipe(BaseModel):
     )
     export: ExportSection = Field(default=ExportSection(), description="What is written and how it is proven equal.")
     benchmark: BenchmarkSection = Field(default=BenchmarkSection(), description="How the exported model is timed.")
-    budget: BudgetSection = Field(
-        default=BudgetSection(), description="What the result must meet; a miss fails the run after the report."
+    budget: Budget = Field(
+        default=Budget(), description="What the result must meet; a miss fails the run after the report."
     )
 
     @model_validator(mode="after")

@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidat
 
 from compressor.errors import RecipeError
 
+# CONTRACT: met is <= 1.00x for counts, <= 1.10x for latency, the one noisy figure; far below a latency is overshoot.
+LATENCY_TOLERANCE, OVERSHOOT = 1.10, 0.85
+LOWER_BOUNDS = ("accuracy", "throughput_fps")
 _PATTERN = r"^([0-9]+\.?[0-9]*|\.[0-9]+)x$"
 _FRACTION = re.compile(_PATTERN)
 # One model configuration for the whole tree: unknown keys and wrong types are errors, NaN and infinity are no numbers.
@@ -106,7 +109,7 @@ def _upper(what: str) -> Any:
     )
 
 
-class BudgetSection(BaseModel):
+class Budget(BaseModel):
     """What the result must meet; a miss fails the run after the report is written."""
 
     model_config = STRICT
@@ -138,22 +141,47 @@ class BudgetSection(BaseModel):
     retrain_avg_memory_bytes: AnyBound | None = _upper("mean resident memory of retraining the slim network, in bytes")
     retrain_peak_memory_bytes: AnyBound | None = _upper("peak resident memory of retraining the slim network, in bytes")
 
-    def resolve(self, baseline: Mapping[str, float | None]) -> dict[str, float]:
-        """Return the bounds that are set by footprint name, in the keys' own units, and `accuracy_drop` as it is.
+    def bounds(self) -> dict[str, Bound]:
+        """Return the bounds that are set, by footprint name (`accuracy_drop` apart)."""
+        return {name: value for name, value in self if isinstance(value, Bound)}
 
-        Args:
-            baseline: the baseline's footprint by name.
+    def violations(self, result: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]:
+        """Compare footprints (by name; None = not measured) with the budget: one sentence for each missed bound."""
+        missed = []
+        for name, bound in self.bounds().items():
+            measured, reference = result.get(name), baseline.get(name)
+            if measured is None or (bound.relative and reference is None):
+                whose = "result" if measured is None else "baseline"
+                missed.append(f"budget.{name}: bound {bound}, but the {whose}'s was not measured")
+                continue
+            limit = bound.resolve(reference)
+            tolerance = LATENCY_TOLERANCE if name.startswith("latency") else 1.0
+            if measured < limit if name in LOWER_BOUNDS else measured > limit * tolerance:
+                relation = "below" if name in LOWER_BOUNDS else "above"
+                missed.append(f"budget.{name}: measured {measured:.6g}, {relation} the bound of {_show(bound, limit)}")
+        if self.accuracy_drop is not None:
+            accuracies = result.get("accuracy"), baseline.get("accuracy")
+            if accuracies[0] is None or accuracies[1] is None:
+                missed.append(f"budget.accuracy_drop: bound {self.accuracy_drop}, but an accuracy was not measured")
+            elif (drop := accuracies[1] - accuracies[0]) > self.accuracy_drop + 1e-9:  # 0.95 - 0.92 > 0.03 in floats
+                missed.append(f"budget.accuracy_drop: measured {drop:.4f}, above the bound of {self.accuracy_drop}")
+        return missed
 
-        Raises:
-            RecipeError: A bound is relative and the baseline's figure was not measured.
-        """
-        bounds = {}
-        for name, value in self:
-            if isinstance(value, Bound):
-                try:
-                    bounds[name] = value.resolve(baseline.get(name))
-                except RecipeError as error:
-                    raise RecipeError(f"budget.{name}: {error}") from error
-            elif value is not None:
-                bounds[name] = float(value)
-        return bounds
+    def overshoots(self, result: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]:
+        """Return a sentence for each latency bound that is met with much to spare: more was given up than asked for."""
+        spared = []
+        for name, bound in self.bounds().items():
+            measured, reference = result.get(name), baseline.get(name)
+            if not name.startswith("latency") or measured is None or (bound.relative and reference is None):
+                continue
+            limit = bound.resolve(reference)
+            if measured < OVERSHOOT * limit:
+                spared.append(
+                    f"budget.{name}: measured {measured:.4g}, {measured / limit:.2f}x of the bound of "
+                    f"{_show(bound, limit)}: more was given up than needed"
+                )
+        return spared
+
+
+def _show(bound: Bound, limit: float) -> str:
+    return f"{limit:.6g} ({bound})" if bound.relative else f"{limit:.6g}"

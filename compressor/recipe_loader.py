@@ -15,10 +15,10 @@ from compressor import strict_yaml
 from compressor.errors import RecipeError, did_you_mean
 from compressor.recipe import Recipe
 from compressor.recipe_faults import found, validate
-from compressor.recipe_schema import json_schema, keys_at
+from compressor.recipe_schema import json_schema, keys_at, schema_text
 from compressor.strict_yaml import KeyPath, format_path, parse_path
 
-__all__ = ["Loaded", "json_schema", "load_recipe", "recipe_hash", "resolved_yaml"]
+__all__ = ["Loaded", "json_schema", "load_recipe", "recipe_hash", "resolved_yaml", "schema_text"]
 
 MAX_PARENTS = 8
 MAX_FAULTS_SHOWN = 40

@@ -64,9 +64,8 @@ def _schema() -> dict[str, Any]:
         properties = definition["properties"]
         required = definition.get("required", [])
         if "type" in properties:  # it has a default for Python's sake; in a file it says which stage this is
-            definition["required"] = required = ["type", *required]
+            definition["required"] = ["type", *required]
         if "steps" in properties:
-            definition["required"] = [key for key in required if key != "epochs"]
             definition["anyOf"] = [{"required": ["epochs"]}, {"required": ["steps"]}]
     # A recipe that extends another may leave out what the parent has; a complete one may not.
     complete: dict[str, Any] = {"required": schema.pop("required"), "properties": {}}
@@ -80,6 +79,11 @@ def json_schema() -> dict[str, Any]:
     """Return the JSON Schema (2020-12) of a recipe file."""
     copy: dict[str, Any] = json.loads(json.dumps(_schema()))
     return copy
+
+
+def schema_text() -> str:
+    """Return the JSON Schema as the text of `recipes/recipe.schema.json`."""
+    return json.dumps(_schema(), indent=2) + "\n"
 
 
 def described(path: KeyPath, data: object) -> dict[str, Any]:

@@ -16,7 +16,6 @@ Globs = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=
 Ratio = Annotated[float, Field(gt=0, lt=1)]
 Width = Annotated[float, Field(gt=0, le=1)]
 Init = Literal["inherit", "random"]
-MAX_EPOCHS = 10_000
 
 
 def refuse(model: BaseModel, *faults: tuple[str, str]) -> None:
@@ -51,9 +50,9 @@ def _min_channels() -> Any:
     return Field(default=8, ge=1, le=4096, description="Channels that every group keeps at least.")
 
 
-def _bn_images() -> Any:
-    text = "Training images that re-estimate BatchNorm statistics afterwards; 0 = none."
-    return Field(default=1024, ge=0, le=1_000_000, description=text)
+def _bn_batches() -> Any:
+    text = "Training batches that re-estimate BatchNorm statistics afterwards; 0 = none."
+    return Field(default=16, ge=0, le=10_000, description=text)
 
 
 def _recovery(when: str) -> Any:
@@ -85,19 +84,16 @@ class Distill(BaseModel):
     )
 
 
-class TrainOptions(BaseModel):
+class Training(BaseModel):
     """The options of one training loop, for `finetune` and for the `recovery` inside other stages."""
 
     model_config = STRICT
 
-    epochs: int = Field(
-        ge=1, le=MAX_EPOCHS, description="Passes over the training set; may be left out where `steps` is given."
+    epochs: int | None = Field(
+        default=None, ge=1, le=10_000, description="Passes over the training set; give this or `steps`."
     )
     steps: int | None = Field(
-        default=None,
-        ge=1,
-        le=10_000_000,
-        description="Optimiser steps at most, whichever of it and `epochs` ends first.",
+        default=None, ge=1, le=10_000_000, description="Optimiser steps, for less than an epoch; give this or `epochs`."
     )
     batch_size: int = Field(default=32, ge=1, le=65_536, description="Images per optimiser step.")
     learning_rate: float = Field(
@@ -123,22 +119,20 @@ class TrainOptions(BaseModel):
         default=None, description="Learn from the baseline's outputs too; null = from the labels alone."
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _steps_alone(cls, data: object) -> object:
-        """An epoch has at least one step, so `steps` epochs never end before `steps` steps do."""
-        if isinstance(data, dict) and "epochs" not in data and isinstance(data.get("steps"), int):
-            return {**data, "epochs": max(1, min(data["steps"], MAX_EPOCHS))}
-        return data
-
     @model_validator(mode="after")
     def _check(self) -> Self:
+        faults = []
+        if self.epochs is None and self.steps is None:
+            faults.append(("epochs", "found nothing, needs `epochs` or `steps`"))
+        if self.epochs is not None and self.steps is not None:
+            faults.append(("steps", f"found {self.steps} beside epochs {self.epochs}, needs only one of them"))
         if self.optimizer == "sgd" and "learning_rate" not in self.model_fields_set:
-            refuse(self, ("learning_rate", "found nothing beside optimizer sgd, needs a number; 0.02 is usual"))
+            faults.append(("learning_rate", "found nothing beside optimizer sgd, needs a number; 0.02 is usual"))
+        refuse(self, *faults)
         return self
 
 
-class Finetune(TrainOptions):
+class Finetune(Training):
     """Train: the baseline when it leads the recipe, recovery after a change, QAT after `quantize`."""
 
     type: Literal["finetune"] = Field(default="finetune", description="Train the network.")
@@ -196,11 +190,11 @@ class Prune(BaseModel):
     iterations: int = Field(
         default=1, ge=1, le=100, description="Equal steps in which channels go, each scored afresh."
     )
-    recovery: TrainOptions | None = _recovery("between iterations")
+    recovery: Training | None = _recovery("between iterations")
     importance_batches: int = Field(
         default=16, ge=1, le=10_000, description="Training batches of 32 that taylor importance averages over."
     )
-    bn_images: int = _bn_images()
+    bn_batches: int = _bn_batches()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -232,7 +226,7 @@ class ReduceChannels(BaseModel):
     round_to: int = _round_to()
     min_channels: int = _min_channels()
     ignored_scope: Globs = _ignored_scope()
-    bn_images: int = _bn_images()
+    bn_batches: int = _bn_batches()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -254,7 +248,7 @@ class ReplaceKernels(BaseModel):
         default="inherit", description="Keep the centre tap plus the folded surround, or draw random weights."
     )
     ignored_scope: Globs = _ignored_scope()
-    bn_images: int = _bn_images()
+    bn_batches: int = _bn_batches()
 
 
 class DropBlocks(BaseModel):
@@ -272,11 +266,12 @@ class DropBlocks(BaseModel):
         default="val_loss",
         description="What judges a removal: the validation loss, or the distance to the baseline's outputs.",
     )
+    min_blocks: int = Field(default=0, ge=0, le=1000, description="Droppable blocks that must remain.")
     metric_images: int = Field(
         default=512, ge=1, le=1_000_000, description="Images that the metric is measured on, at most."
     )
-    recovery: TrainOptions | None = _recovery("after each drop")
-    bn_images: int = _bn_images()
+    recovery: Training | None = _recovery("after each drop")
+    bn_batches: int = _bn_batches()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
