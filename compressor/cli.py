@@ -209,9 +209,9 @@ def _no_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _schema(args: argparse.Namespace) -> int:
-    from compressor.recipe_loader import schema_text
+    from compressor.recipe_schema import json_schema
 
-    sys.stdout.write(schema_text())
+    print(json.dumps(json_schema(), indent=2))
     return 0
 
 

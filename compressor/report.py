@@ -45,7 +45,7 @@ class Footprint:
     def from_json(cls, data: Mapping[str, Any]) -> "Footprint":
         """Inverse of `to_json`; names a newer version added are ignored."""
         known = {f.name for f in dataclasses.fields(cls)}
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in known}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in known}
         return cls(**values)
 
 
@@ -95,7 +95,7 @@ def read_report(path: Path) -> Report:
         if data["version"] != REPORT_VERSION:
             raise DataError(f"{path}: report version {data['version']}, this toolkit reads version {REPORT_VERSION}")
         fields = {f.name for f in dataclasses.fields(Report)}
-        values = {k: v for k, v in data.items() if k in fields}
+        values: dict[str, Any] = {k: v for k, v in data.items() if k in fields}
         values["baseline"] = Footprint.from_json(values["baseline"])
         values["result"] = Footprint.from_json(values["result"])
         values["artifacts"] = tuple(Artifact(**a) for a in values["artifacts"])

@@ -16,8 +16,8 @@ from typing import Any
 from compressor import environment
 from compressor.artifacts import atomic_write, sha256_of, write_json, write_manifest
 from compressor.errors import RecipeError, ResourceError
-from compressor.recipe import Recipe, recipe_hash, resolved_yaml
-from compressor.recipe_loader import load_recipe
+from compressor.recipe import Recipe
+from compressor.recipe_loader import load_recipe, recipe_hash, resolved_yaml
 
 
 def open_partial(run: Path, recipe: Recipe, *, resume: bool, force: bool) -> Path:

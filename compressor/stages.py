@@ -25,8 +25,6 @@ from compressor.report import Footprint
 from compressor.structure import drop_blocks_stage, prune_stage, reduce_channels_stage, replace_kernels_stage
 from compressor.training import evaluate
 
-QUANTIZER_STATE = "__nncf_hooks"  # NNCF 3.4 keeps quantizers below this name
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -94,7 +92,7 @@ def run_stage(
     kept = dataclasses.replace(
         network, module=module, edits=(*network.edits, *work.edits), quantizer=work.quantizer or network.quantizer
     )
-    return Outcome(kept, _footprint(kept, context, work, network), work.details, tuple(work.notes), work.plan)
+    return Outcome(kept, _footprint(kept, context, work), work.details, tuple(work.notes), work.plan)
 
 
 def _signature(module: nn.Module, example: Tensor) -> tuple[tuple[int, ...], str]:
@@ -106,12 +104,13 @@ def _signature(module: nn.Module, example: Tensor) -> tuple[tuple[int, ...], str
 
 
 def _footprint(network: Network, context: Context, work: Work) -> Footprint:
-    """Counts, validation accuracy and training cost of a stage. A quantizer's own ranges are not parameters."""
+    """Counts, validation accuracy and training cost of a stage."""
+    counts = count(network.module, context.example)
     accuracy, _ = evaluate(network.module, context.data.val, context.data.spec, device=context.device)
     memory = work.memory
     return Footprint(
-        params=sum(p.numel() for name, p in network.module.named_parameters() if QUANTIZER_STATE not in name),
-        macs=count(network.module, context.example).macs,
+        params=counts.params,
+        macs=counts.macs,
         val_accuracy=accuracy,
         train_time_s=work.train_time_s,
         train_avg_memory_bytes=memory.average_bytes if memory else None,

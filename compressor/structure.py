@@ -35,8 +35,8 @@ def _reestimate(module: nn.Module, passes: int, context: Context, seed: int) -> 
 
 def _apply_plan(module: nn.Module, plan: PrunePlan, context: Context, work: Work) -> None:
     apply_plan(module, plan, context.example)
-    work.edits.append({"type": "prune", "plan": plan.to_json()})
-    work.plan = plan.to_json()
+    work.edits.append({"type": "prune", "plan": plan.to_dict()})
+    work.plan = plan.to_dict()
     work.notes += [f"group {name} was left as it was: {reason}" for name, reason in plan.skipped.items()]
 
 
@@ -51,6 +51,36 @@ def _loss_batches(context: Context, count_batches: int, size: int, seed: int) ->
     ]
 
 
+def choose_channels(
+    module: nn.Module,
+    example: Tensor,
+    stage: spec.Prune,
+    *,
+    where: str,
+    seed: int,
+    batches: list[tuple[Tensor, Tensor]] | None = None,
+    ratio: float | None = None,
+    macs: int | None = None,
+    params: int | None = None,
+) -> PrunePlan:
+    """Decide what a prune stage removes; without `batches`, by magnitude instead of a gradient-based importance."""
+    ignored = resolve_scope(module, stage.ignored_scope, where=f"{where}.ignored_scope")
+    groups = find_groups(module, example, ignored=ignored)
+    kind = stage.importance if batches is not None else "magnitude"
+    return decide_plan(
+        module,
+        example,
+        groups=groups,
+        scores=score_groups(module, groups, kind=kind, loss_batches=batches, seed=seed),
+        ranking=stage.ranking,
+        pruning_ratio=ratio,
+        target_macs=macs,
+        target_params=params,
+        round_to=stage.round_to,
+        min_channels=stage.min_channels,
+    )
+
+
 def prune_stage(
     module: nn.Module,
     stage: spec.Prune,
@@ -62,33 +92,26 @@ def prune_stage(
     teacher: nn.Module | None,
     baseline: Footprint,
 ) -> None:
+    """Remove channels in `iterations` equal steps, each scored afresh, with recovery between them."""
     module.to("cpu")
-    ignored = resolve_scope(module, stage.ignored_scope, where=f"{where}.ignored_scope")
     start = count(module, context.example)
-    goal_macs = stage.target.macs.resolve(baseline.macs) if stage.target and stage.target.macs else None
-    goal_params = stage.target.params.resolve(baseline.params) if stage.target and stage.target.params else None
+    goal_macs, goal_params = prune_goals(stage, baseline)
     recover = recovery(stage.recovery, context, work, seed=seed, teacher=teacher)
     steps = []
     for i in range(stage.iterations):
-        groups = find_groups(module, context.example, ignored=ignored)
-        batches = (
-            _loss_batches(context, stage.importance_batches, 32, seed + i) if stage.importance == "taylor" else None
-        )
-        scores = score_groups(module, groups, kind=stage.importance, loss_batches=batches, seed=seed + i)
         share = (i + 1) / stage.iterations
-        plan = decide_plan(
+        plan = choose_channels(
             module,
             context.example,
-            groups=groups,
-            scores=scores,
-            ranking=stage.ranking,
-            pruning_ratio=None
-            if stage.pruning_ratio is None
-            else 1 - (1 - stage.pruning_ratio) ** (1 / stage.iterations),
-            target_macs=None if goal_macs is None else _between(start.macs, goal_macs, share),
-            target_params=None if goal_params is None else _between(start.params, goal_params, share),
-            round_to=stage.round_to,
-            min_channels=stage.min_channels,
+            stage,
+            where=where,
+            seed=seed + i,
+            batches=_loss_batches(context, stage.importance_batches, 32, seed + i)
+            if stage.importance == "taylor"
+            else None,
+            ratio=None if stage.pruning_ratio is None else 1 - (1 - stage.pruning_ratio) ** (1 / stage.iterations),
+            macs=None if goal_macs is None else _between(start.macs, goal_macs, share),
+            params=None if goal_params is None else _between(start.params, goal_params, share),
         )
         _apply_plan(module, plan, context, work)
         _reestimate(module, stage.bn_batches, context, seed)
@@ -100,29 +123,43 @@ def prune_stage(
     work.details["iterations"] = steps
 
 
+def prune_goals(stage: spec.Prune, baseline: Footprint) -> tuple[int | None, int | None]:
+    """Absolute MACs and parameters a prune stage aims at; None where it has no such target."""
+    target = stage.target
+    macs = int(target.macs.resolve(baseline.macs)) if target and target.macs else None
+    params = int(target.params.resolve(baseline.params)) if target and target.params else None
+    return macs, params
+
+
 def _between(start: int, goal: float, share: float) -> int:
     """A point on the geometric path from `start` to `goal`, rounded down so that the last one is met."""
     return int(start * (min(goal, start) / start) ** share)
 
 
-def reduce_channels_stage(
-    module: nn.Module, stage: spec.ReduceChannels, context: Context, work: Work, *, where: str, seed: int
-) -> None:
-    module.to("cpu")
+def choose_widths(
+    module: nn.Module, example: Tensor, stage: spec.ReduceChannels, *, where: str, seed: int
+) -> PrunePlan:
+    """Decide which channels stay at the stage's widths: those of largest magnitude."""
     ignored = resolve_scope(module, stage.ignored_scope, where=f"{where}.ignored_scope")
-    groups = find_groups(module, context.example, ignored=ignored)
-    scores = score_groups(module, groups, kind="magnitude", loss_batches=None, seed=seed)
-    plan = width_plan(
+    groups = find_groups(module, example, ignored=ignored)
+    return width_plan(
         module,
-        context.example,
+        example,
         groups=groups,
-        scores=scores,
+        scores=score_groups(module, groups, kind="magnitude", loss_batches=None, seed=seed),
         width=stage.width,
         overrides=stage.widths,
         round_to=stage.round_to,
         min_channels=stage.min_channels,
     )
-    _apply_plan(module, plan, context, work)
+
+
+def reduce_channels_stage(
+    module: nn.Module, stage: spec.ReduceChannels, context: Context, work: Work, *, where: str, seed: int
+) -> None:
+    """Give every channel group a fraction of its width."""
+    module.to("cpu")
+    _apply_plan(module, choose_widths(module, context.example, stage, where=where, seed=seed), context, work)
     if stage.init == "random":
         _reinitialise(module, seed)
         work.notes.append("all weights were drawn anew (init: random)")
@@ -137,19 +174,50 @@ def _reinitialise(module: nn.Module, seed: int) -> None:
             child.reset_parameters()  # type: ignore[operator]
 
 
-def replace_kernels_stage(
-    module: nn.Module, stage: spec.ReplaceKernels, context: Context, work: Work, *, where: str, seed: int
-) -> None:
-    module.to("cpu")
+def choose_kernels(module: nn.Module, stage: spec.ReplaceKernels, *, where: str) -> list[str]:
+    """Names of the convolutions that become 1x1.
+
+    Raises:
+        RecipeError: the scope holds none that could.
+    """
     ignored = resolve_scope(module, stage.ignored_scope, where=f"{where}.ignored_scope")
     resolve_scope(module, stage.scope, where=f"{where}.scope")
     names = [name for name in find_kernels(module, stage.scope) if name not in ignored]
     if not names:
         raise RecipeError(f"{where}.scope: no k x k convolution that could become 1x1 in {list(stage.scope)}")
+    return names
+
+
+def replace_kernels_stage(
+    module: nn.Module, stage: spec.ReplaceKernels, context: Context, work: Work, *, where: str, seed: int
+) -> None:
+    """Turn k x k convolutions into 1x1."""
+    module.to("cpu")
+    names = choose_kernels(module, stage, where=where)
     replace_kernels(module, names, init=stage.init, seed=seed)
     work.edits.append({"type": "replace_kernels", "modules": names})
     work.details["modules"] = names
     _reestimate(module, stage.bn_batches, context, seed)
+
+
+def choose_blocks(module: nn.Module, example: Tensor, stage: spec.DropBlocks, *, where: str) -> list[str]:
+    """Names of the blocks that may be dropped.
+
+    Raises:
+        RecipeError: there are none, or fewer than `count` and `min_blocks` need.
+    """
+    scope = resolve_scope(module, stage.scope, where=f"{where}.scope")
+    blocks = [name for name in find_blocks(module, example) if name in scope]
+    if not blocks:
+        raise RecipeError(
+            f"{where}.scope: no residual block in {list(stage.scope)} can be removed, shapes would change"
+        )
+    if stage.count is not None and stage.count > len(blocks) - stage.min_blocks:
+        raise RecipeError(
+            f"{where}.count: found {stage.count}, but {len(blocks)} blocks can be dropped and {stage.min_blocks} must "
+            f"stay (min_blocks); allowed up to {len(blocks) - stage.min_blocks}"
+        )
+    return blocks
 
 
 def drop_blocks_stage(
@@ -163,33 +231,30 @@ def drop_blocks_stage(
     teacher: nn.Module | None,
     baseline: Footprint,
 ) -> None:
+    """Drop residual blocks, least harmful first, with recovery after each."""
     module.to("cpu")
-    scope = resolve_scope(module, stage.scope, where=f"{where}.scope")
-    blocks = [name for name in find_blocks(module, context.example) if name in scope]
-    if not blocks:
-        raise RecipeError(
-            f"{where}.scope: no residual block in {list(stage.scope)} can be removed without changing shapes"
-        )
-    goal = stage.target.macs.resolve(baseline.macs) if stage.target and stage.target.macs else None
-    loss = _measured_loss(stage, context, teacher, seed)
+    blocks = choose_blocks(module, context.example, stage, where=where)
+    goal = stage.target.macs.resolve(baseline.macs) if stage.target else None
     recover = recovery(stage.recovery, context, work, seed=seed, teacher=teacher)
 
     def done(network: nn.Module, dropped: int) -> bool:
-        return (
-            dropped >= stage.count if stage.count is not None else count(network, context.example).macs <= (goal or 0)
-        )
+        if goal is None:
+            return dropped == stage.count
+        if count(network, context.example).macs <= goal:
+            return True
+        if dropped == len(blocks) - stage.min_blocks:
+            reached = count(network, context.example).macs
+            raise RecipeError(
+                f"{where}.target: {dropped} blocks can be dropped, which leaves {reached} MACs "
+                f"({reached / (baseline.macs or reached):.3f}x of the baseline); ask for no less than that"
+            )
+        return False
 
     def mend(network: nn.Module, index: int) -> None:
         _reestimate(network, stage.bn_batches, context, seed)
         recover(network, index)
 
-    drops = drop_greedily(module, blocks, done=done, loss=loss, recover=mend)
-    if not done(module, len(drops)):
-        reached = count(module, context.example).macs
-        raise RecipeError(
-            f"{where}: only {len(blocks)} blocks can be dropped, which leaves {reached} MACs "
-            f"({reached / (baseline.macs or reached):.3f}x of the baseline); ask for fewer blocks or a higher target"
-        )
+    drops = drop_greedily(module, blocks, done=done, loss=_measured_loss(stage, context, teacher, seed), recover=mend)
     work.edits.append({"type": "drop_blocks", "modules": [drop.block for drop in drops]})
     work.details["drops"] = [dataclasses.asdict(drop) for drop in drops]
 

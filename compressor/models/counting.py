@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+_QUANTIZER = "__nncf_hooks"  # NNCF 3.4 keeps its quantizers' parameters below this name
+
 
 @dataclass(frozen=True)
 class Counts:
@@ -16,7 +18,7 @@ class Counts:
     Attributes:
         macs: Multiply-accumulates of convolutions and linear layers. BatchNorm, activations, pooling and additions are
             not counted: deployed, BatchNorm is folded and the others are bound by memory.
-        params: Elements of all parameters, a shared one counted once.
+        params: Elements of all parameters, a shared one counted once; the ranges of fake quantizers are not counted.
         per_layer: MACs by layer name, in order of execution; a layer that runs twice counts twice.
     """
 
@@ -49,7 +51,7 @@ def count(module: nn.Module, example: Tensor) -> Counts:
             hook.remove()
         for layer, training in modes:
             layer.training = training
-    params = sum(parameter.numel() for parameter in module.parameters())
+    params = sum(value.numel() for name, value in module.named_parameters() if _QUANTIZER not in name)
     return Counts(sum(per_layer.values()), params, per_layer)
 
 

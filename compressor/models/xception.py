@@ -5,7 +5,6 @@ Architecture: "Xception: Deep Learning with Depthwise Separable Convolutions", a
 
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 
@@ -109,4 +108,4 @@ def initialise(model: nn.Module) -> None:
 
 def xception(num_classes: int = 1000, in_chans: int = 3) -> nn.Module:
     """Build a randomly initialised Xception; see `Xception` for shapes."""
-    return Xception(num_classes, in_chans).to(memory_format=torch.channels_last)
+    return Xception(num_classes, in_chans)

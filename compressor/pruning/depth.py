@@ -52,7 +52,8 @@ def drop_greedily(
         loss: the measured loss, lower is better (validation or distillation loss).
         recover: trains the network a little after each drop; gets the drop's index.
     """
-    remaining, drops = list(blocks), []
+    remaining = list(blocks)
+    drops: list[Drop] = []
     while remaining and not done(module, len(drops)):
         candidates = {name: measure_without(module, name, loss) for name in remaining}
         chosen = min(remaining, key=lambda name: candidates[name])

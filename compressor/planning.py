@@ -1,0 +1,95 @@
+"""What a recipe would do to the network, without data or training: `compress.py plan`.
+
+Invariant: writes nothing. Structure is exact; which channels and blocks go is decided later, on trained weights.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, assert_never
+
+import torch
+from torch import nn
+
+from compressor import recipe as spec
+from compressor.data import class_labels
+from compressor.errors import RecipeError, ResourceError
+from compressor.models import build
+from compressor.models.counting import count
+from compressor.models.weights import load_weights
+from compressor.pruning.apply import apply_plan
+from compressor.pruning.blocks import drop_blocks
+from compressor.pruning.kernels import replace_kernels
+from compressor.recipe_loader import load_recipe
+from compressor.report import Footprint
+from compressor.structure import choose_blocks, choose_channels, choose_kernels, choose_widths, prune_goals
+
+
+def plan_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Predict parameters and MACs after every stage.
+
+    Returns:
+        JSON: `baseline` (params, macs), `stages` (where, what, params, macs, skipped) and `notes`.
+
+    Raises:
+        RecipeError: the recipe is wrong, or a target cannot be reached.
+        DataError: the data's classes cannot be listed.
+    """
+    recipe = load_recipe(path, overrides).recipe
+    torch.manual_seed(recipe.seed)
+    labels = class_labels(recipe.data.source, recipe.data.path)
+    module = build(recipe.model.source, recipe.model.name, recipe.model.args, len(labels)).eval()
+    notes = [f"{len(labels)} classes"]
+    try:
+        load_weights(module, name=recipe.model.name, weights=recipe.model.weights)
+    except ResourceError as error:
+        notes.append(f"planned on random weights ({error})")
+    example = torch.zeros(1, 3, *recipe.input.size)
+    counts = count(module, example)
+    baseline = Footprint(params=counts.params, macs=counts.macs)
+    rows = []
+    for i, stage in enumerate(recipe.stages):
+        what, skipped = _simulate(stage, module, example, baseline, f"stages[{i}]", recipe.seed)
+        now = count(module, example)
+        rows.append({"where": f"stages[{i}]", "what": what, "params": now.params, "macs": now.macs, "skipped": skipped})
+        notes += [f"stages[{i}]: group {name} stays as it is: {reason}" for name, reason in skipped.items()]
+    return {"baseline": {"params": baseline.params, "macs": baseline.macs}, "stages": rows, "notes": notes}
+
+
+def _simulate(
+    stage: spec.Stage, module: nn.Module, example: torch.Tensor, baseline: Footprint, where: str, seed: int
+) -> tuple[str, dict[str, str]]:
+    """Do to `module` what the stage would do to its structure; returns a description and the groups left alone."""
+    match stage:
+        case spec.Finetune():
+            length = f"{stage.epochs} epochs" if stage.epochs else f"{stage.steps} steps"
+            return f"finetune, {length}{', distilled' if stage.distill else ''}", {}
+        case spec.Quantize():
+            return f"quantize to {stage.precision}, {stage.subset_size} calibration images", {}
+        case spec.Prune():
+            macs, params = prune_goals(stage, baseline)
+            plan = choose_channels(
+                module, example, stage, where=where, seed=seed, ratio=stage.pruning_ratio, macs=macs, params=params
+            )
+            apply_plan(module, plan, example)
+            return f"prune by {stage.importance} ({stage.ranking})", dict(plan.skipped)
+        case spec.ReduceChannels():
+            plan = choose_widths(module, example, stage, where=where, seed=seed)
+            apply_plan(module, plan, example)
+            return f"reduce_channels to width {stage.width:g}", dict(plan.skipped)
+        case spec.ReplaceKernels():
+            names = choose_kernels(module, stage, where=where)
+            replace_kernels(module, names, init=stage.init, seed=seed)
+            return f"replace_kernels: {len(names)} convolutions become 1x1", {}
+        case spec.DropBlocks():
+            # Which blocks go is measured on the trained network; the first ones stand for them here.
+            blocks = choose_blocks(module, example, stage, where=where)
+            goal = stage.target.macs.resolve(baseline.macs) if stage.target else None
+            dropped = 0
+            while dropped != stage.count and (goal is None or count(module, example).macs > goal):
+                if dropped == len(blocks) - stage.min_blocks:
+                    raise RecipeError(f"{where}.target: {dropped} blocks can be dropped, which is not enough")
+                drop_blocks(module, [blocks[dropped]])
+                dropped += 1
+            return f"drop_blocks: {dropped} of {len(blocks)}", {}
+        case _:
+            assert_never(stage)

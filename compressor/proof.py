@@ -1,0 +1,329 @@
+"""From trained networks to published artifacts and a verdict: export, parity, accuracy, latency, audit.
+
+Invariant: everything in the report is measured on the files that are published, and test images are read here only.
+"""
+
+import dataclasses
+import json
+import logging
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from compressor import environment
+from compressor.artifacts import Artifact, sha256_of
+from compressor.benchmark import Candidate, audit, measure_latency, measure_throughput
+from compressor.checkpoint import Network
+from compressor.context import Context
+from compressor.data import Split
+from compressor.export import convert_float_ir, publish_float, publish_int8, save_ir
+from compressor.metrics import paired_interval, top1, wilson_interval
+from compressor.models.counting import count
+from compressor.parity import check_float, check_int8, ir_logits, violations
+from compressor.recipe import Finetune, Recipe
+from compressor.report import Footprint, Report
+from compressor.training import predict
+
+log = logging.getLogger(__name__)
+F32 = {"INFERENCE_PRECISION_HINT": "f32"}
+RETRAIN_STEPS = 12  # enough for the optimiser's state and the largest activations to be resident
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks a run measures; `quantized` is None without a `quantize` stage."""
+
+    baseline: Network
+    baseline_trained: bool
+    floating: Network
+    quantized: Network | None
+
+    @property
+    def result(self) -> Network:
+        """What is deployed."""
+        return self.quantized or self.floating
+
+
+def prove(
+    context: Context,
+    recipe: Recipe,
+    networks: Networks,
+    *,
+    records: Sequence[dict[str, Any]],
+    timing: dict[str, float],
+    weights: dict[str, Any],
+    notes: Sequence[str],
+) -> Report:
+    """Publish the networks, measure them, and judge the result.
+
+    A failed gate or budget removes `artifacts/`; everything measured stays in the report.
+    """
+    folder = context.run_dir / "artifacts"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    extra: list[str] = []
+
+    @contextmanager
+    def timed(name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        log.info("%s", name)
+        yield
+        timing[name] = time.perf_counter() - started
+
+    with timed("export"):
+        files = _export(folder, context, networks, extra)
+    with timed("parity"):
+        parity, missed = _parity(context, recipe, networks, files)
+    with timed("accuracy"):
+        accuracy = _accuracy(context, networks, files)
+    with timed("benchmark"):
+        speed = _benchmark(context, recipe, networks, files)
+    with timed("retraining memory"):
+        retrain = _retrain_memory(context, recipe, records)
+        if "error" in retrain:
+            extra.append(f"retraining memory was not measured: {retrain['error']}")
+    baseline = _footprint(context, networks.baseline, "baseline", files["baseline"], accuracy, speed)
+    result = _footprint(context, networks.result, "result", files["result"], accuracy, speed)
+    lead = next((i for i, stage in enumerate(recipe.stages) if not isinstance(stage, Finetune)), len(recipe.stages))
+    baseline = dataclasses.replace(baseline, **_training_cost(records[:lead]))
+    result = dataclasses.replace(
+        result,
+        **_training_cost(records),
+        retrain_avg_memory_bytes=retrain.get("average_bytes"),
+        retrain_peak_memory_bytes=retrain.get("peak_bytes"),
+    )
+    missed += recipe.budget.violations(result.to_json(), baseline.to_json())
+    if missed:
+        shutil.rmtree(folder)
+    for line in missed:
+        log.warning("missed: %s", line)
+    return Report(
+        verdict={"status": "failed" if missed else "passed", "reasons": missed},
+        baseline=baseline,
+        result=result,
+        stages=tuple(records),
+        artifacts=()
+        if missed
+        else tuple(
+            _describe(context.run_dir, path, networks.result.input, len(context.data.labels))
+            for path in sorted(folder.iterdir())
+        ),
+        parity=parity,
+        audit=speed.pop("audit"),
+        benchmark={**speed, "accuracy": accuracy},
+        data={"fingerprint": context.data.fingerprint, "labels": list(context.data.labels), **context.data.info},
+        weights=weights,
+        recipe=recipe.model_dump(mode="json"),
+        environment={
+            **environment.describe(),
+            "torch_threads": torch.get_num_threads(),
+            "training_device": context.device,
+        },
+        timing=timing,
+        notes=(*notes, *extra),
+    )
+
+
+def _export(folder: Path, context: Context, networks: Networks, notes: list[str]) -> dict[str, Path]:
+    """Write every artifact; returns the IR of the baseline and of the result, and what parity compares."""
+    data = context.data
+    files = {"baseline": folder / "baseline_fp32.xml", "floating": folder / "result_fp32.xml"}
+    save_ir(convert_float_ir(networks.baseline.module.cpu(), data.spec, data.labels), files["baseline"])
+    published = publish_float(networks.floating.module.cpu(), data.spec, data.labels, folder / "result_fp32")
+    assert published.onnx is not None
+    files["floating_onnx"], files["result"] = published.onnx, published.xml
+    if networks.quantized is not None:
+        published = publish_int8(networks.quantized.module.cpu(), data.spec, data.labels, folder / "result_int8")
+        files["result"] = files["quantized"] = published.xml
+        if published.onnx is None:
+            notes.append("no INT8 ONNX: onnxruntime refuses per-channel activations (quantize.per_channel_activations)")
+        else:
+            files["quantized_onnx"] = published.onnx
+    return files
+
+
+def _parity(
+    context: Context, recipe: Recipe, networks: Networks, files: Mapping[str, Path]
+) -> tuple[dict[str, Any], list[str]]:
+    """Compare torch, ONNX and IR on seeded test images; returns the figures and what missed the gate."""
+    data = context.data
+    order = np.random.default_rng(recipe.seed).permutation(len(data.test.labels))
+    chosen = np.sort(order[: recipe.export.parity_images])
+    images = data.test.images[chosen]
+    floating = check_float(networks.floating.module.cpu(), files["floating_onnx"], files["floating"], images, data.spec)
+    figures: dict[str, Any] = {"images": len(images), "float": dataclasses.asdict(floating)}
+    missed = violations(floating)
+    if networks.quantized is not None:
+        int8 = check_int8(
+            networks.quantized.module.cpu(), files.get("quantized_onnx"), files["quantized"], images, data.spec
+        )
+        figures["int8"] = dataclasses.asdict(int8)
+        missed += violations(int8)
+    return figures, [f"parity: {line}" for line in missed]
+
+
+def _accuracy(context: Context, networks: Networks, files: Mapping[str, Path]) -> dict[str, Any]:
+    """Top-1 on the test split, measured on the published IR through its own preprocessing."""
+    data = context.data
+    labels = np.asarray(data.test.labels)
+    right = {"result": top1(ir_logits(files["result"], data.test.images, {}), labels)}
+    if networks.baseline_trained:
+        right["baseline"] = top1(ir_logits(files["baseline"], data.test.images, F32), labels)
+    figures: dict[str, Any] = {"test_images": len(labels)}
+    for name, hits in right.items():
+        correct, total = int(hits.sum()), len(hits)
+        figures[name] = {"accuracy": correct / total, "ci": wilson_interval(correct, total)}
+    if "baseline" in right:
+        figures["difference_ci"] = paired_interval(right["result"], right["baseline"])
+    return figures
+
+
+def _benchmark(context: Context, recipe: Recipe, networks: Networks, files: Mapping[str, Path]) -> dict[str, Any]:
+    """Latency interleaved over baseline and result, throughput, PyTorch for reference, and what really ran in INT8."""
+    data, options = context.data, recipe.benchmark
+    images = data.test.images[: min(64, len(data.test.labels))]
+    candidates = {
+        "baseline": Candidate(files["baseline"], F32),
+        "baseline_default": Candidate(files["baseline"], {}),
+        "result": Candidate(files["result"], {}),
+    }
+    if networks.quantized is not None:
+        candidates["result_fp32"] = Candidate(files["floating"], F32)
+        candidates["result_float_default"] = Candidate(files["floating"], {})
+    latency = measure_latency(candidates, images, calls=options.calls, threads=options.threads)
+    native = _native_images(data.native_size, images)
+    at_native = measure_latency(
+        {name: candidates[name] for name in ("baseline", "result")},
+        native,
+        calls=options.calls,
+        threads=options.threads,
+    )
+    speed: dict[str, Any] = {
+        "latency": {name: dataclasses.asdict(value) for name, value in latency.items()},
+        "latency_native": {name: dataclasses.asdict(value) for name, value in at_native.items()},
+        "native_size": list(data.native_size),
+        "audit": {
+            "baseline": audit(files["baseline"], F32),
+            "result": audit(files["result"], {}),
+        },
+        "torch_eager_ms": {
+            "baseline": _eager_ms(networks.baseline, context),
+            "result_float": _eager_ms(networks.floating, context),
+        },
+    }
+    if options.throughput_s:
+        speed["throughput_fps"] = {
+            name: measure_throughput(candidates[name], images, seconds=options.throughput_s, threads=options.threads)
+            for name in ("baseline", "result")
+        }
+    return speed
+
+
+def _native_images(
+    size: tuple[int, int], images: np.ndarray[Any, np.dtype[np.uint8]]
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """A few images scaled to the data set's median size (height, width); only their size matters for the timing."""
+    height, width = size
+    scaled = [np.asarray(Image.fromarray(np.asarray(image)).resize((width, height))) for image in images[:8]]
+    return np.stack(scaled)
+
+
+@torch.no_grad()
+def _eager_ms(network: Network, context: Context, calls: int = 20) -> float:
+    """Median milliseconds of PyTorch in eager mode, batch 1, float32, channels_last: for reference."""
+    module = network.module.cpu().eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    example = context.example.to(memory_format=torch.channels_last)
+    times = []
+    for call in range(calls + 3):
+        started = time.perf_counter()
+        module(example)
+        if call >= 3:
+            times.append(1e3 * (time.perf_counter() - started))
+    return float(np.median(times))
+
+
+def _retrain_memory(context: Context, recipe: Recipe, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Memory of the last `finetune` rerun alone, from its own slim weights, in a process of its own."""
+    last = max((i for i, stage in enumerate(recipe.stages) if isinstance(stage, Finetune)), default=None)
+    if last is None:
+        return {"error": "the recipe has no finetune stage"}
+    folder = context.run_dir / "stages" / f"{last:02d}-{records[last]['type']}"
+    command = [
+        sys.executable,
+        "-m",
+        "compressor.retrain",
+        str(context.run_dir),
+        str(folder),
+        str(last),
+        str(RETRAIN_STEPS),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["it ended without a message"])[-1]}
+    measured: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return measured
+
+
+def _footprint(
+    context: Context, network: Network, name: str, xml: Path, accuracy: Mapping[str, Any], speed: Mapping[str, Any]
+) -> Footprint:
+    """All that was measured on one published network; training's cost is added by the caller."""
+    latency, native = speed["latency"], speed["latency_native"]
+    known = accuracy.get(name)
+    counts = count(network.module, context.example)
+    default = latency["baseline_default" if name == "baseline" else "result"]["median_ms"]
+    return Footprint(
+        params=counts.params,
+        macs=counts.macs,
+        size_bytes=xml.stat().st_size + xml.with_suffix(".bin").stat().st_size,
+        latency_ms=latency[name]["median_ms"],
+        latency_p95_ms=latency[name]["p95_ms"],
+        latency_default_ms=default,
+        latency_native_ms=native[name]["median_ms"],
+        throughput_fps=speed.get("throughput_fps", {}).get(name),
+        accuracy=known["accuracy"] if known else None,
+        accuracy_ci=known["ci"] if known else None,
+        val_accuracy=_val_accuracy(network, context),
+    )
+
+
+def _val_accuracy(network: Network, context: Context) -> float:
+    val: Split = context.data.val
+    logits = predict(network.module, val.images, context.data.spec)
+    return float(top1(logits.numpy(), np.asarray(val.labels)).mean())
+
+
+def _training_cost(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Time, mean and peak memory over all stages that trained; None where none did."""
+    costs = [r["footprint"] for r in records if r["footprint"].get("train_time_s")]
+    if not costs:
+        return {}
+    seconds = sum(c["train_time_s"] for c in costs)
+    return {
+        "train_time_s": seconds,
+        "train_avg_memory_bytes": round(sum(c["train_avg_memory_bytes"] * c["train_time_s"] for c in costs) / seconds),
+        "train_peak_memory_bytes": max(c["train_peak_memory_bytes"] for c in costs),
+    }
+
+
+def _describe(run: Path, path: Path, network_input: tuple[int, int, int], classes: int) -> Artifact:
+    """What a user must know to feed a published file."""
+    channels, height, width = network_input
+    io = {
+        ".onnx": {"image": f"float32 [N,{channels},{height},{width}] RGB 0-255", "logits": f"float32 [N,{classes}]"},
+        ".xml": {"image": f"uint8 [1,?,?,{channels}] RGB", "logits": f"float32 [1,{classes}]"},
+        ".bin": {},
+    }[path.suffix]
+    kind = "onnx" if path.suffix == ".onnx" else "openvino_ir"
+    precision = "int8" if "int8" in path.stem else "fp32"
+    return Artifact(path.relative_to(run).as_posix(), kind, precision, sha256_of(path), path.stat().st_size, io)

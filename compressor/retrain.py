@@ -1,0 +1,57 @@
+"""Measure what training the slim network takes on a device: the last `finetune` alone, in a process of its own.
+
+Invariant: prints one JSON line and writes nothing; the teacher is left out, since a device has none.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+from compressor.environment import cache_dir, prepare_process
+from compressor.memory import measure_memory, resident_bytes
+
+
+def retrain(run: Path, stage_folder: Path, index: int, steps: int) -> dict[str, int]:
+    """Train the network of a finished stage for a few steps with the options of `stages[index]`.
+
+    Returns:
+        Resident bytes: `floor_bytes` with torch imported and nothing loaded, `average_bytes` and `peak_bytes`.
+    """
+    prepare_process()
+    import torch
+
+    from compressor.checkpoint import load_network
+    from compressor.data import load_dataset
+    from compressor.data.batches import Augment
+    from compressor.pipeline import input_spec
+    from compressor.recipe import Training
+    from compressor.recipe_loader import load_recipe
+    from compressor.training import finetune
+
+    floor = resident_bytes()
+    recipe = load_recipe(run / "recipe.yaml").recipe
+    stage = recipe.stages[index]
+    assert isinstance(stage, Training)
+    spec = input_spec(recipe)
+    torch.manual_seed(recipe.seed)
+    with measure_memory() as memory:
+        data = load_dataset(spec=spec, cache=cache_dir() / "data", seed=recipe.seed, **recipe.data.model_dump())
+        network = load_network(stage_folder)
+        options = stage.model_dump(exclude={"type", "augment", "distill", "epochs", "steps", "patience"})
+        finetune(
+            network.module,
+            train=data.train,
+            val=data.val,
+            spec=spec,
+            steps=steps,
+            augment=Augment(**stage.augment.model_dump()),
+            seed=recipe.seed,
+            **options,
+        )
+    return {"floor_bytes": floor, "average_bytes": memory.average_bytes, "peak_bytes": memory.peak_bytes}
+
+
+if __name__ == "__main__":
+    logging.disable(logging.CRITICAL)
+    print(json.dumps(retrain(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))))

@@ -1,0 +1,37 @@
+"""Shared fixtures: an own cache folder for every test session, and the real data for tests marked `slow`."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep tests away from the user's cache, in this process and in the processes it starts."""
+    folder = tmp_path_factory.mktemp("cache")
+    before = os.environ.get("COMPRESSOR_CACHE")
+    os.environ["COMPRESSOR_CACHE"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["COMPRESSOR_CACHE"]
+    else:
+        os.environ["COMPRESSOR_CACHE"] = before
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder with `data/` and `weights/`: real images and real ImageNet weights, not part of the repository."""
+    folder = Path(os.environ.get("COMPRESSOR_SHARED", REPOSITORY.parent / "shared"))
+    if not (folder / "data").is_dir() or not (folder / "weights").is_dir():
+        pytest.skip(f"no real data: {folder} has no data/ and weights/ (set COMPRESSOR_SHARED)")
+    return folder
