@@ -65,6 +65,7 @@ def _schema() -> dict[str, Any]:
         required = definition.get("required", [])
         if "type" in properties:  # it has a default for Python's sake; in a file it says which stage this is
             definition["required"] = ["type", *required]
+            definition["properties"] = {"type": properties.pop("type"), **properties}
         if "steps" in properties:
             definition["anyOf"] = [{"required": ["epochs"]}, {"required": ["steps"]}]
     # A recipe that extends another may leave out what the parent has; a complete one may not.
