@@ -1,8 +1,8 @@
 """Published files: FP32 and INT8 ONNX, and the OpenVINO IR with preprocessing and labels inside.
 
-Invariant: the ONNX file and the IR of one network come from the same trace and differ only in the input's form: ONNX takes
-`image` float32 [N,3,H,W], RGB 0-255 at network size; the IR takes `image` u8 [1,?,?,3], RGB of any size. Both normalise
-inside and return `logits`.
+Invariant: the ONNX file and the IR of one network come from the same trace and differ only in the form of the input.
+ONNX takes `image` float32 [N,3,H,W], RGB 0-255 at network size; the IR takes `image` u8 [1,?,?,3], RGB of any size.
+Both normalise inside and return `logits`.
 """
 
 import copy
@@ -140,8 +140,8 @@ def per_channel_activations(network: onnx.ModelProto) -> bool:
 
 
 def _traced(module: nn.Module, spec: InputSpec) -> onnx.ModelProto:
-    # The TorchScript exporter: on Xception four times faster than the dynamo one (torch 2.13), which cannot trace NNCF's
-    # quantisers at all.
+    # The TorchScript exporter: on Xception four times faster than the dynamo one (torch 2.13), which cannot trace
+    # NNCF's quantisers at all.
     buffer = io.BytesIO()
     module = module.cpu().eval()
     example = torch.zeros(1, 3, spec.height, spec.width)
@@ -150,7 +150,7 @@ def _traced(module: nn.Module, spec: InputSpec) -> onnx.ModelProto:
         torch.onnx.export(
             module,
             (example,),
-            buffer,  # type: ignore[arg-type]  # accepted by this exporter; a file would land outside the run
+            buffer,  # type: ignore[arg-type]  # this exporter takes it; a file would be outside the run
             dynamo=False,
             opset_version=OPSET,
             input_names=[_PLANES],
@@ -166,6 +166,7 @@ def _simplified(network: onnx.ModelProto) -> onnx.ModelProto:
     if not same or count_nodes(simplified, *_QUANTIZERS) != before:
         log.warning("onnxsim changed the network or its quantisers; the ONNX graph stays as traced")
         return network
+    del simplified.metadata_props[:]  # onnxsim's diary of what it did
     return cast(onnx.ModelProto, simplified)
 
 

@@ -1,0 +1,233 @@
+"""Latency, throughput and an audit of what really runs, for published IRs on the CPU.
+
+Invariant: needs only openvino and numpy (the edge device has no torch), and candidates that are compared are measured in
+turns within one process, so that a change of the machine's load falls on all of them.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+
+from compressor.environment import BF16_FEATURES, INT8_FEATURES, cpu_flags
+from compressor.errors import DataError
+from compressor.runtime import DEFAULT, F32, compile_ir, network_size
+
+_TURN_CALLS = 5
+_CONVOLUTIONS = ("Convolution", "GroupConvolution")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An IR to time, with the CPU properties it is compiled with (`runtime.F32`, `runtime.DEFAULT`)."""
+
+    xml: Path
+    config: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Times of single synchronous requests, batch 1, LATENCY hint."""
+
+    median_ms: float
+    p95_ms: float
+    calls: int
+    threads: int
+
+
+def measure_latency(
+    candidates: Mapping[str, Candidate],
+    images: NDArray[np.uint8],
+    *,
+    calls: int = 100,
+    warmup: int = 10,
+    threads: int | None = None,
+) -> dict[str, Latency]:
+    """Time several IRs in turns on the same images.
+
+    The IR is compiled as published, with its dynamic input: the network behind the resize is static either way, and
+    fixing the input size changed nothing measurable (Xception at 160 px, openvino 2026.4).
+
+    Args:
+        candidates: Name to IR and properties.
+        images: (N, h, w, 3) RGB, fed one by one in turn.
+        calls: Timed calls of each candidate, at least 100 for figures in a report.
+        warmup: Untimed calls of each before the first turn.
+        threads: Inference threads; None leaves the choice to OpenVINO.
+
+    Returns:
+        Name to figures; times include the copy of the image and of the logits.
+    """
+    if not len(images):
+        raise DataError("latency: no images to time with")
+    requests = {}
+    used = {}
+    for name, candidate in candidates.items():
+        compiled = compile_ir(candidate.xml, "LATENCY", _with_threads(candidate.config, threads))
+        requests[name] = compiled.create_infer_request()
+        used[name] = int(compiled.get_property("INFERENCE_NUM_THREADS"))
+    singles = [np.ascontiguousarray(image)[None] for image in images]
+    for request in requests.values():
+        for index in range(warmup):
+            request.infer({0: singles[index % len(singles)]})
+    times: dict[str, list[float]] = {name: [] for name in requests}
+    for first in range(0, calls, _TURN_CALLS):
+        for name, request in requests.items():
+            request.infer({0: singles[first % len(singles)]})  # untimed: the other candidate emptied the caches
+            for index in range(first, min(first + _TURN_CALLS, calls)):
+                image = singles[index % len(singles)]
+                start = time.perf_counter()
+                request.infer({0: image})
+                times[name].append(time.perf_counter() - start)
+    return {
+        name: Latency(
+            median_ms=float(np.median(values) * 1e3),
+            p95_ms=float(np.percentile(values, 95) * 1e3),
+            calls=len(values),
+            threads=used[name],
+        )
+        for name, values in times.items()
+    }
+
+
+def measure_throughput(
+    candidate: Candidate, images: NDArray[np.uint8], *, seconds: float = 3.0, threads: int | None = None
+) -> float:
+    """Images per second with the plugin's preferred number of requests kept busy, THROUGHPUT hint.
+
+    Args:
+        candidate: IR and properties.
+        images: (N, h, w, 3) RGB, fed in turn.
+        seconds: How long requests are started; those under way are waited for and counted.
+        threads: Inference threads; None leaves the choice to OpenVINO.
+    """
+    if not len(images):
+        raise DataError("throughput: no images to time with")
+    queue = ov.AsyncInferQueue(compile_ir(candidate.xml, "THROUGHPUT", _with_threads(candidate.config, threads)))
+    singles = [np.ascontiguousarray(image)[None] for image in images]
+    for index in range(2 * len(queue)):
+        queue.start_async({0: singles[index % len(singles)]})
+    queue.wait_all()
+    calls = 0
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds or not calls:
+        queue.start_async({0: singles[calls % len(singles)]})
+        calls += 1
+    queue.wait_all()
+    return calls / (time.perf_counter() - start)
+
+
+def _with_threads(config: Mapping[str, str], threads: int | None) -> dict[str, str]:
+    return {**config, **({} if threads is None else {"INFERENCE_NUM_THREADS": str(threads)})}
+
+
+def audit(xml: Path, config: Mapping[str, str] = DEFAULT) -> dict[str, dict[str, int]]:
+    """Count what the compiled model executes; an INT8 file proves nothing about what the CPU computes.
+
+    Returns:
+        `convolutions` per runtime precision; `reorders`, conversions of layout or precision, per precision; and all
+        `operations` per `type precision`, constants left out.
+    """
+    convolutions: dict[str, int] = {}
+    reorders: dict[str, int] = {}
+    operations: dict[str, int] = {}
+    for node in compile_ir(xml, "LATENCY", config).get_runtime_model().get_ops():
+        info = node.get_rt_info()
+        kind, precision = info["layerType"].astype(str), info["runtimePrecision"].astype(str)
+        if kind == "Const":
+            continue
+        _count(operations, f"{kind} {precision}")
+        if kind in _CONVOLUTIONS:
+            _count(convolutions, precision)
+        elif kind == "Reorder":
+            _count(reorders, precision)
+    return {"convolutions": convolutions, "reorders": reorders, "operations": dict(sorted(operations.items()))}
+
+
+def _count(table: dict[str, int], key: str) -> None:
+    table[key] = table.get(key, 0) + 1
+
+
+def cpu_capabilities() -> dict[str, list[str]]:
+    """INT8 and bf16 instruction sets of this CPU, and the precisions OpenVINO says it speeds up."""
+    flags = cpu_flags()
+    return {
+        "int8": [name for name in INT8_FEATURES if name in flags],
+        "bf16": [name for name in BF16_FEATURES if name in flags],
+        "openvino": list(ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")),
+    }
+
+
+def bench_target(target: Path, *, calls: int = 100, threads: int | None = None) -> dict[str, Any]:
+    """Time a run's baseline against its result, or one IR, on random images of the network's size.
+
+    Args:
+        target: A run folder with `artifacts/`, or an IR's .xml.
+        calls: Timed calls of each candidate.
+        threads: Inference threads; None leaves the choice to OpenVINO.
+
+    Returns:
+        JSON-able: `size` (h, w), `latency` and `throughput_fps` and `audit` per candidate, `cpu`.
+
+    Raises:
+        DataError: Neither a run folder with artifacts nor a published IR.
+    """
+    candidates = _candidates(target)
+    size = network_size(next(iter(candidates.values())).xml)
+    if size is None:
+        raise DataError(f"{target}: its model_info has no orig_height and orig_width, so the image size is unknown")
+    images = np.random.default_rng(0).integers(0, 256, (8, *size, 3), dtype=np.uint8)
+    latency = measure_latency(candidates, images, calls=calls, threads=threads)
+    return {
+        "target": str(target),
+        "size": list(size),
+        "cpu": cpu_capabilities(),
+        "latency": {name: asdict(figures) for name, figures in latency.items()},
+        "throughput_fps": {
+            name: measure_throughput(candidate, images, threads=threads) for name, candidate in candidates.items()
+        },
+        "audit": {name: audit(candidate.xml, candidate.config) for name, candidate in candidates.items()},
+    }
+
+
+def _candidates(target: Path) -> dict[str, Candidate]:
+    if target.suffix == ".xml":
+        return {"f32": Candidate(target, F32), "default": Candidate(target)}
+    folder = target / "artifacts"
+    results = [path for path in (folder / "result_int8.xml", folder / "result_fp32.xml") if path.is_file()]
+    baseline = folder / "baseline_fp32.xml"
+    if not results or not baseline.is_file():
+        raise DataError(
+            f"{target}: neither an IR (.xml) nor a run folder with artifacts/baseline_fp32.xml and a result; "
+            "a run that missed its gates or budget keeps no artifacts"
+        )
+    return {
+        "baseline": Candidate(baseline, F32),
+        "baseline_default": Candidate(baseline),
+        "result": Candidate(results[0]),
+    }
+
+
+def format_bench(result: Mapping[str, Any]) -> str:
+    """Lay out what `bench_target` returned as a small table for people."""
+    height, width = result["size"]
+    instructions = ", ".join([*result["cpu"]["int8"], *result["cpu"]["bf16"]]) or "no INT8 or bf16 instructions"
+    lines = [
+        f"{result['target']}: {width}x{height} pixels, batch 1, {instructions}",
+        f"{'':18}{'median ms':>10}{'p95 ms':>10}{'images/s':>10}{'threads':>9}  convolutions",
+    ]
+    for name, figures in result["latency"].items():
+        counts = ", ".join(f"{n} {kind}" for kind, n in result["audit"][name]["convolutions"].items()) or "none"
+        lines.append(
+            f"{name:18}{figures['median_ms']:10.2f}{figures['p95_ms']:10.2f}{result['throughput_fps'][name]:10.1f}"
+            f"{figures['threads']:9d}  {counts}"
+        )
+    latency = result["latency"]
+    if "baseline" in latency and "result" in latency:
+        lines.append(f"result is {latency['baseline']['median_ms'] / latency['result']['median_ms']:.2f}x as fast")
+    return "\n".join(lines)
