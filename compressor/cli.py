@@ -240,10 +240,13 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from compressor.evaluate import evaluate_ir, format_evaluation
+    import dataclasses
+
+    from compressor.edge import format_evaluation
+    from compressor.evaluate import evaluate_ir
 
     evaluation = evaluate_ir(args.ir, args.data)
-    print(json.dumps(evaluation.to_json()) if args.json else format_evaluation(evaluation))
+    print(json.dumps(dataclasses.asdict(evaluation)) if args.json else format_evaluation(evaluation))
     return 0
 
 
@@ -256,9 +259,9 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from compressor.benchmark import bench_target, format_bench
+    from compressor.edge import bench, format_bench
 
-    result = bench_target(args.target, calls=args.calls, threads=args.threads)
+    result = bench(args.target, calls=args.calls, threads=args.threads)
     print(json.dumps(result) if args.json else format_bench(result))
     return 0
 

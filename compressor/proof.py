@@ -22,20 +22,19 @@ from PIL import Image
 
 from compressor import environment
 from compressor.artifacts import Artifact, sha256_of
-from compressor.benchmark import Candidate, audit, measure_latency, measure_throughput
+from compressor.benchmark import Candidate, audit, cpu_capabilities, measure_latency, measure_throughput
 from compressor.checkpoint import Network
 from compressor.context import Context
-from compressor.data import Split
 from compressor.export import convert_float_ir, publish_float, publish_int8, save_ir
 from compressor.metrics import paired_interval, top1, wilson_interval
 from compressor.models.counting import count
-from compressor.parity import check_float, check_int8, ir_logits, violations
+from compressor.parity import check_float, check_int8, violations
 from compressor.recipe import Finetune, Recipe
 from compressor.report import Footprint, Report
-from compressor.training import predict
+from compressor.runtime import DEFAULT, F32, predict
+from compressor.training import evaluate
 
 log = logging.getLogger(__name__)
-F32 = {"INFERENCE_PRECISION_HINT": "f32"}
 RETRAIN_STEPS = 12  # enough for the optimiser's state and the largest activations to be resident
 
 
@@ -176,9 +175,9 @@ def _accuracy(context: Context, networks: Networks, files: Mapping[str, Path]) -
     """Top-1 on the test split, measured on the published IR through its own preprocessing."""
     data = context.data
     labels = np.asarray(data.test.labels)
-    right = {"result": top1(ir_logits(files["result"], data.test.images, {}), labels)}
+    right = {"result": top1(predict(files["result"], data.test.images, DEFAULT), labels)}
     if networks.baseline_trained:
-        right["baseline"] = top1(ir_logits(files["baseline"], data.test.images, F32), labels)
+        right["baseline"] = top1(predict(files["baseline"], data.test.images, F32), labels)
     figures: dict[str, Any] = {"test_images": len(labels)}
     for name, hits in right.items():
         correct, total = int(hits.sum()), len(hits)
@@ -191,40 +190,35 @@ def _accuracy(context: Context, networks: Networks, files: Mapping[str, Path]) -
 def _benchmark(context: Context, recipe: Recipe, networks: Networks, files: Mapping[str, Path]) -> dict[str, Any]:
     """Latency interleaved over baseline and result, throughput, PyTorch for reference, and what really ran in INT8."""
     data, options = context.data, recipe.benchmark
+    threads = {"INFERENCE_NUM_THREADS": str(options.threads)} if options.threads else {}
+    f32, default = {**F32, **threads}, {**DEFAULT, **threads}
     images = data.test.images[: min(64, len(data.test.labels))]
     candidates = {
-        "baseline": Candidate(files["baseline"], F32),
-        "baseline_default": Candidate(files["baseline"], {}),
-        "result": Candidate(files["result"], {}),
+        "baseline": Candidate(files["baseline"], f32),
+        "baseline_default": Candidate(files["baseline"], default),
+        "result": Candidate(files["result"], default),
     }
     if networks.quantized is not None:
-        candidates["result_fp32"] = Candidate(files["floating"], F32)
-        candidates["result_float_default"] = Candidate(files["floating"], {})
-    latency = measure_latency(candidates, images, calls=options.calls, threads=options.threads)
-    native = _native_images(data.native_size, images)
-    at_native = measure_latency(
-        {name: candidates[name] for name in ("baseline", "result")},
-        native,
-        calls=options.calls,
-        threads=options.threads,
-    )
+        candidates["result_fp32"] = Candidate(files["floating"], f32)
+        candidates["result_fp32_default"] = Candidate(files["floating"], default)
+    latency = measure_latency(candidates, images, calls=options.calls)
+    pair = {name: candidates[name] for name in ("baseline", "result")}
+    native = measure_latency(pair, _native_images(data.native_size, images), calls=options.calls)
     speed: dict[str, Any] = {
         "latency": {name: dataclasses.asdict(value) for name, value in latency.items()},
-        "latency_native": {name: dataclasses.asdict(value) for name, value in at_native.items()},
+        "latency_native": {name: dataclasses.asdict(value) for name, value in native.items()},
         "native_size": list(data.native_size),
-        "audit": {
-            "baseline": audit(files["baseline"], F32),
-            "result": audit(files["result"], {}),
-        },
+        "audit": {name: dataclasses.asdict(audit(c.xml, c.config)) for name, c in pair.items()},
         "torch_eager_ms": {
             "baseline": _eager_ms(networks.baseline, context),
             "result_float": _eager_ms(networks.floating, context),
         },
+        "cpu": cpu_capabilities(),
     }
     if options.throughput_s:
-        speed["throughput_fps"] = {
-            name: measure_throughput(candidates[name], images, seconds=options.throughput_s, threads=options.threads)
-            for name in ("baseline", "result")
+        speed["throughput"] = {
+            name: dataclasses.asdict(measure_throughput(c.xml, images, seconds=options.throughput_s, config=c.config))
+            for name, c in pair.items()
         }
     return speed
 
@@ -290,17 +284,11 @@ def _footprint(
         latency_p95_ms=latency[name]["p95_ms"],
         latency_default_ms=default,
         latency_native_ms=native[name]["median_ms"],
-        throughput_fps=speed.get("throughput_fps", {}).get(name),
+        throughput_fps=speed.get("throughput", {}).get(name, {}).get("fps"),
         accuracy=known["accuracy"] if known else None,
         accuracy_ci=known["ci"] if known else None,
-        val_accuracy=_val_accuracy(network, context),
+        val_accuracy=evaluate(network.module, context.data.val, context.data.spec)[0],
     )
-
-
-def _val_accuracy(network: Network, context: Context) -> float:
-    val: Split = context.data.val
-    logits = predict(network.module, val.images, context.data.spec)
-    return float(top1(logits.numpy(), np.asarray(val.labels)).mean())
 
 
 def _training_cost(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
