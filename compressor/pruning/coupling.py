@@ -174,13 +174,14 @@ def _side(layer: object, name: str, *, out: bool) -> tuple[Side | None, str | No
 def _shared_parameters(module: nn.Module) -> Iterator[tuple[Side, str]]:
     """Yield the sides of layers that share a parameter: cutting one would cut or untie the other."""
     first: dict[int, str] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        layer = name.rpartition(".")[0]
-        owner = first.setdefault(id(parameter), layer)
-        if owner != layer:
-            for tied in (owner, layer):
-                for kind in ("in", *WRITERS):
-                    yield (tied, kind), f"'{owner}' and '{layer}' share a parameter"
+    # `named_modules` gives a layer that runs twice once: its parameters are not shared in this sense.
+    for name, layer in module.named_modules():
+        for parameter in layer.parameters(recurse=False):
+            owner = first.setdefault(id(parameter), name)
+            if owner != name:
+                for tied in (owner, name):
+                    for kind in ("in", *WRITERS):
+                        yield (tied, kind), f"'{owner}' and '{name}' share a parameter"
 
 
 class _Links:

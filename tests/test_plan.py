@@ -1,0 +1,284 @@
+"""Plan laws: multiples, targets met or refused, nested, reproducible, true to the really pruned network."""
+
+import copy
+import json
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from random_networks import RandomNetwork, Spec, specs
+from torch import Tensor, nn
+
+from compressor.errors import DataError, RecipeError, UnsupportedModelError
+from compressor.models.counting import count
+from compressor.pruning.apply import apply_plan, mask_plan
+from compressor.pruning.groups import ChannelGroup, find_groups
+from compressor.pruning.importance import score_groups
+from compressor.pruning.plan import PrunePlan, decide_plan, width_plan
+
+SPEC = Spec(("residual", "grouped", "dense"), (12, 8, 12, 8), True, True, "relu", "hidden", 4, 5)
+
+
+class Case:
+    """A network with its groups and scores, and `decide_plan` with defaults."""
+
+    def __init__(self, spec: Spec = SPEC, kind: str = "magnitude"):
+        self.net = RandomNetwork(spec)
+        self.example = torch.zeros(1, 3, spec.size, spec.size, dtype=torch.float64)
+        self.groups = find_groups(self.net, self.example, ignored=())
+        self.scores: dict[str, Tensor] = score_groups(
+            self.net,
+            self.groups,
+            kind=kind,  # type: ignore[arg-type]
+            loss_batches=None,
+            seed=spec.seed,
+        )
+
+    def decide(self, **settings: Any) -> PrunePlan:
+        defaults: dict[str, Any] = {
+            "ranking": "global",
+            "pruning_ratio": None,
+            "target_macs": None,
+            "target_params": None,
+            "round_to": 2,
+            "min_channels": 2,
+        }
+        return decide_plan(self.net, self.example, groups=self.groups, scores=self.scores, **{**defaults, **settings})
+
+    def width(self, width: float, **settings: Any) -> PrunePlan:
+        defaults: dict[str, Any] = {"overrides": {}, "round_to": 2, "min_channels": 2}
+        return width_plan(
+            self.net, self.example, groups=self.groups, scores=self.scores, width=width, **{**defaults, **settings}
+        )
+
+
+def group_named(case: Case, name: str) -> ChannelGroup:
+    return next(group for group in case.groups if group.name == name)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    spec=specs(),
+    ranking=st.sampled_from(("local", "global")),
+    unit=st.sampled_from(("macs", "params")),
+    fraction=st.floats(0.05, 1),
+    round_to=st.sampled_from((1, 2, 4)),
+    min_channels=st.integers(1, 5),
+)
+def test_targets_are_met_or_refused(
+    spec: Spec, ranking: str, unit: str, fraction: float, round_to: int, min_channels: int
+) -> None:
+    case = Case(spec, "random")
+    full = count(case.net, case.example)
+    target = int(fraction * getattr(full, unit))
+    settings = {"ranking": ranking, "round_to": round_to, "min_channels": min_channels}
+    try:
+        plan = case.decide(**{f"target_{unit}": target}, **settings)
+    except RecipeError as error:
+        least = int(str(error).split("reach from ")[1].split(" (")[0].replace(",", ""))
+        assert target < least
+        plan = case.decide(**{f"target_{unit}": least}, **settings)  # what is said to be reachable is
+        target = least
+    cut = copy.deepcopy(case.net)
+    apply_plan(cut, plan, case.example)
+    assert getattr(count(cut, case.example), unit) <= target
+    for name, kept in plan.keep.items():
+        group = group_named(case, name)
+        assert len(kept) % round_to == 0
+        assert min_channels <= len(kept) < group.channels
+        assert list(kept) == sorted(set(kept))
+        # The kept ones are the most important ones.
+        gone = set(range(group.channels)) - set(kept)
+        assert case.scores[name][list(gone)].max() <= case.scores[name][list(kept)].min()
+    untouched = {group.name for group in case.groups} - plan.keep.keys()
+    for name in untouched - plan.skipped.keys():
+        assert group_named(case, name).channels > round_to  # it could have been pruned; the target did not need it
+    assert PrunePlan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize("ranking", ["local", "global"])
+def test_tighter_targets_keep_subsets(ranking: str) -> None:
+    case = Case()
+    full = count(case.net, case.example).macs
+    previous: PrunePlan | None = None
+    macs = []
+    for fraction in (1.0, 0.9, 0.75, 0.6, 0.45, 0.3):
+        plan = case.decide(ranking=ranking, target_macs=int(fraction * full))
+        if previous is not None:
+            for name, kept in previous.keep.items():
+                assert set(plan.keep[name]) <= set(kept)
+        cut = copy.deepcopy(case.net)
+        apply_plan(cut, plan, case.example)
+        macs.append(count(cut, case.example).macs)
+        previous = plan
+    assert macs == sorted(macs, reverse=True)
+    assert macs[0] == full  # a target that is met already removes nothing
+
+
+def test_both_targets_are_met_together() -> None:
+    case = Case()
+    full = count(case.net, case.example)
+    plan = case.decide(target_macs=int(0.7 * full.macs), target_params=int(0.4 * full.params))
+    apply_plan(case.net, plan, case.example)
+    cut = count(case.net, case.example)
+    assert cut.macs <= 0.7 * full.macs
+    assert cut.params <= 0.4 * full.params
+
+
+def test_an_unreachable_target_names_the_range() -> None:
+    case = Case()
+    full = count(case.net, case.example).macs
+    with pytest.raises(RecipeError, match=rf"target of 10 macs cannot be reached; .* reach from [\d,]+ .* to {full:,}"):
+        case.decide(target_macs=10)
+
+
+def test_local_ratio_rounds_each_group_to_the_nearest_multiple() -> None:
+    case = Case()
+    plan = case.decide(ranking="local", pruning_ratio=0.5, round_to=4, min_channels=1)
+    for name, kept in plan.keep.items():
+        channels = group_named(case, name).channels
+        assert len(kept) % 4 == 0
+        assert abs(len(kept) - 0.5 * channels) <= 2 or len(kept) == 4
+    small = {g.name for g in case.groups if g.prunable and g.channels <= 4}
+    assert small
+    assert all("leave none to remove" in plan.skipped[name] for name in small)
+
+
+def test_global_ratio_removes_at_most_that_share() -> None:
+    case = Case()
+    total = sum(group.channels for group in case.groups if group.prunable)
+    for ratio in (0.0, 0.2, 0.5):
+        plan = case.decide(pruning_ratio=ratio, round_to=1, min_channels=1)
+        gone = sum(plan.channels[name] - len(kept) for name, kept in plan.keep.items())
+        assert ratio * total - 1 < gone <= ratio * total
+
+
+def test_every_group_is_pruned_as_asked_or_listed() -> None:
+    case = Case()
+    plan = case.decide(ranking="local", pruning_ratio=0.9, round_to=4, min_channels=6)
+    assert plan.keep.keys() | plan.skipped.keys() == {group.name for group in case.groups}
+    assert plan.skipped["fc"] == "its channels are outputs of the network"
+    assert "kept at 8 of 12 channels by round_to 4 and min_channels 6" in plan.skipped["stem.conv"]
+    gentle = case.decide(ranking="local", pruning_ratio=0.05, round_to=4)
+    assert "removing 0.05 of its 12 channels rounds to none with round_to 4" in gentle.skipped["stem.conv"]
+    assert not gentle.keep
+
+
+def test_same_seed_same_plan_and_equal_scores_in_channel_order() -> None:
+    assert Case().decide(pruning_ratio=0.4) == Case().decide(pruning_ratio=0.4)
+    case = Case()
+    case.scores = {name: torch.ones_like(score) for name, score in case.scores.items()}
+    plan = case.decide(ranking="local", pruning_ratio=0.5)
+    assert plan.keep["stem.conv"] == tuple(range(6, 12))
+
+
+def test_width_is_a_fraction_kept_with_overrides_by_group() -> None:
+    case = Case()
+    plan = case.width(0.5, overrides={"pieces.*": 1.0, "pieces.1.*": 0.75})
+    assert len(plan.keep["stem.conv"]) == 6
+    assert len(plan.keep["pieces.1.c.conv"]) == 8 or len(plan.keep["pieces.1.c.conv"]) == 10
+    assert "pieces.0.a.conv" not in plan.keep
+    assert not case.width(1.0).keep
+    with pytest.raises(RecipeError, match=r"overrides\['pieces.0.b'\] matches no channel group; .* group 'stem.conv'"):
+        case.width(0.5, overrides={"pieces.0.b": 0.5})
+    with pytest.raises(
+        RecipeError, match=r"overrides\['stem.cnv'\] matches no channel group; did you mean 'stem.conv'"
+    ):
+        case.width(0.5, overrides={"stem.cnv": 0.5})
+    with pytest.raises(RecipeError, match=r"0 < width <= 1; found 1\.5"):
+        case.width(1.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "either pruning_ratio or a target"),
+        ({"pruning_ratio": 0.3, "target_macs": 100}, "either pruning_ratio or a target"),
+        ({"pruning_ratio": 1.0}, "0 <= ratio < 1; found 1.0"),
+        ({"pruning_ratio": 0.3, "round_to": 0}, "round_to must be at least 1; found 0"),
+        ({"pruning_ratio": 0.3, "ranking": "both"}, "ranking 'both' is not one of local, global"),
+    ],
+)
+def test_contradictory_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Case().decide(**settings)
+
+
+def test_missing_scores_are_refused() -> None:
+    case = Case()
+    case.scores["stem.conv"] = torch.ones(5)
+    with pytest.raises(RecipeError, match=r"stem.conv: needs scores of shape \(12,\), found shape \(5,\)"):
+        case.decide(pruning_ratio=0.3)
+
+
+def damaged(**changes: object) -> str:
+    value: dict[str, object] = {
+        "version": 1,
+        "keep": {"a": [0, 2]},
+        "channels": {"a": 4},
+        "skipped": {},
+        "settings": {},
+    }
+    return json.dumps(value | changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "plan: not valid JSON"),
+        ("[]", "plan: expected an object, found list"),
+        (damaged(version=9), "version 9 is not one this release reads"),
+        (damaged(skipped=None), "'skipped' is missing or not an object"),
+        (damaged(channels={}), r"channels\['a'\] is missing"),
+        (damaged(keep={"a": [0, 4]}), r"keep\['a'\] must list channels from 0 to 3"),
+        (damaged(keep={"a": [-1]}), r"keep\['a'\] must list channels"),
+        (damaged(keep={"a": []}), r"keep\['a'\] must list channels"),
+        (damaged(keep={"a": [True]}), r"keep\['a'\] must list channels"),
+        (damaged(keep={"a": [2, 1]}), r"keep\['a'\] is not ascending"),
+    ],
+)
+def test_damaged_plans_are_refused(text: str, message: str) -> None:
+    assert PrunePlan.from_json(damaged()).keep == {"a": (0, 2)}
+    with pytest.raises(DataError, match=message):
+        PrunePlan.from_json(text)
+
+
+@pytest.mark.parametrize("do", [apply_plan, mask_plan])
+@pytest.mark.parametrize(
+    ("keep", "channels", "message"),
+    [
+        ({"stem.cnv": (0,)}, {"stem.cnv": 12}, "no channel group 'stem.cnv'; did you mean 'stem.conv'"),
+        ({"fc": (0,)}, {"fc": 3}, "'fc' must not be pruned: its channels are outputs"),
+        ({"stem.conv": (0,)}, {"stem.conv": 10}, "'stem.conv' has 12 channels here, the plan was made for 10"),
+        ({"stem.conv": (0, 12)}, {"stem.conv": 12}, r"'stem.conv' keeps \[12\] of channels 0..11"),
+        ({"stem.conv": ()}, {"stem.conv": 12}, "'stem.conv' keeps nothing of channels 0..11"),
+    ],
+)
+def test_a_plan_for_another_network_is_refused_untouched(
+    do: Any, keep: dict[str, tuple[int, ...]], channels: dict[str, int], message: str
+) -> None:
+    case = Case()
+    before = copy.deepcopy(case.net.state_dict())
+    with pytest.raises(UnsupportedModelError, match=message):
+        do(case.net, PrunePlan(keep, channels), case.example)
+    assert all(torch.equal(value, before[name]) for name, value in case.net.state_dict().items())
+
+
+def test_pruning_in_several_steps_refers_to_the_network_before_each() -> None:
+    case = Case()
+    first = case.decide(ranking="local", pruning_ratio=0.3)
+    apply_plan(case.net, first, case.example)
+    groups = find_groups(case.net, case.example, ignored=())
+    assert {g.name: g.channels for g in groups if g.name in first.keep} == {n: len(k) for n, k in first.keep.items()}
+    with pytest.raises(UnsupportedModelError, match="plans refer to the network before the edit"):
+        apply_plan(case.net, first, case.example)
+
+
+def test_a_plan_keeps_the_mode_of_the_network() -> None:
+    case = Case()
+    case.net.train()
+    assert isinstance(case.net, nn.Module)
+    apply_plan(case.net, case.decide(pruning_ratio=0.3), case.example)
+    assert case.net.training
