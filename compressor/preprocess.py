@@ -10,10 +10,10 @@ Fit. `stretch` scales both sides to the target and ignores the aspect ratio. `ce
 that has the target's aspect ratio (sides rounded down to whole pixels, an odd remainder going to the right and bottom)
 and scales that box; nothing outside the box is read.
 
-Resize. `pillow_bilinear` and `pillow_bicubic` are Pillow's antialiased filters. OpenVINO 2026.4 computes them in 8 bits,
-horizontal pass first. Pillow 13 takes the vertical pass first for tall images, and breaks ties differently: the two agree
-within a level or two of 255 for bilinear; on noise, bicubic can differ by more. `linear` samples two pixels a side and
-aliases when it shrinks, but costs less on large images.
+Resize. `pillow_bilinear` and `pillow_bicubic` are Pillow's antialiased filters. OpenVINO 2026.4 computes them in 8
+bits, horizontal pass first. Pillow 13 takes the vertical pass first for tall images, and breaks ties differently: the
+two agree within a level or two of 255 for bilinear; on noise, bicubic can differ by more. `linear` samples two pixels a
+side and aliases when it shrinks, but costs less on large images.
 """
 
 import threading
@@ -115,8 +115,8 @@ def _compile_single_threaded(model: ov.Model) -> ov.CompiledModel:
     # One thread a model: callers parallelise over images, which scales better than splitting one image.
     config = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1}
     try:
-        # The plugin keeps 5,000 compiled kernels, one or two per input size: about a megabyte each here. The property is
-        # not a documented one (openvino 2026.4), hence the way out.
+        # The plugin keeps 5,000 compiled kernels, one or two per input size: about a megabyte each here. The property
+        # is not a documented one (openvino 2026.4), hence the way out.
         return ov.compile_model(model, "CPU", {**config, "CPU_RUNTIME_CACHE_CAPACITY": 64})
     except RuntimeError:
         return ov.compile_model(model, "CPU", config)
