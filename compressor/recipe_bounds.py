@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, WithJsonSchema
@@ -44,7 +45,7 @@ class Bound:
     def plain(self) -> int | float | str:
         """Return the bound as a recipe writes it."""
         number = int(self.value) if self.value.is_integer() else self.value
-        return f"{number}x" if self.relative else number
+        return f"{Decimal(repr(number)):f}x" if self.relative else number  # never 1e-05x, which no bound reads
 
     def __str__(self) -> str:
         return str(self.plain())

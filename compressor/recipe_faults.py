@@ -49,6 +49,9 @@ def _explain(item: Any, data: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
         return
     if path[:1] == ("stages",) and len(path) > 2:
         path = (*path[:2], *path[3:])  # pydantic puts the stage's type after its index
+    path = _within(path, data)
+    if kind == "too_short" and isinstance(value, list) and len(value) >= item["ctx"]["min_length"]:
+        return  # pydantic counts the valid items only; the others have faults of their own
     if kind == "rule":
         yield path, item["msg"]
     elif kind == "extra_forbidden":
@@ -70,6 +73,18 @@ def _explain(item: Any, data: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
         node = described(path, data)
         near = suggest(value, words(node)) if kind == "literal_error" and isinstance(value, str) else ""
         yield path, f"found {found(value)}, allowed {allowed(node)}{near}"
+
+
+def _within(path: KeyPath, data: object) -> KeyPath:
+    """Cut off items of what the recipe does not write as a list: `input.size: 6` is at fault, not both sides of it."""
+    for index, part in enumerate(path):
+        if isinstance(part, int) and not isinstance(data, list):
+            return path[:index]
+        try:
+            data = data[part]  # type: ignore[index]
+        except (KeyError, IndexError, TypeError):
+            data = [] if isinstance(part, int) else None
+    return path
 
 
 def _without_echoes(faults: dict[tuple[KeyPath, str], None]) -> list[tuple[KeyPath, str]]:

@@ -109,19 +109,18 @@ def _read_chain(path: Path, sources: _Sources) -> None:
     documents: list[tuple[dict[str, Any], dict[KeyPath, str]]] = []
     place = ""  # where `path` was named
     while True:
-        real = Path(os.path.realpath(path))
-        if real in [Path(os.path.realpath(file)) for file in sources.files]:
-            cycle = " -> ".join(str(file) for file in [*sources.files, path])
-            sources.faults.append((place, ("extends",), f"found a cycle: {cycle}"))
-            break
-        if len(sources.files) > MAX_PARENTS:
-            sources.faults.append((place, ("extends",), f"found more than {MAX_PARENTS} parents in a row"))
-            break
         content = _read(path)
         if isinstance(content, str):
             if not place:
                 raise RecipeError(f"{path}: {content}")
             sources.faults.append((place, ("extends",), f"found {str(path)!r}, which {content}"))
+            break
+        if os.path.realpath(path) in [os.path.realpath(file) for file in sources.files]:
+            cycle = " -> ".join(str(file) for file in [*sources.files, path])
+            sources.faults.append((place, ("extends",), f"found a cycle: {cycle}"))
+            break
+        if len(sources.files) > MAX_PARENTS:
+            sources.faults.append((place, ("extends",), f"found more than {MAX_PARENTS} parents in a row"))
             break
         sources.files.append(path)
         sources.texts.append(content.decode("utf-8-sig", errors="replace"))

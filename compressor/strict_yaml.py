@@ -122,7 +122,7 @@ def resolve_scalar(text: str) -> bool | int | float | str | None:
         return text[0] in "tT"
     for pattern, base in ((_INT, 10), (_OCTAL, 8), (_HEX, 16)):
         if pattern.match(text):
-            if len(text) > MAX_DIGITS:
+            if len(text.lstrip("+-")) > MAX_DIGITS:
                 raise ValueError(f"an integer of {len(text)} digits; the limit is {MAX_DIGITS}")
             return int(text, base)
     if _FLOAT.match(text):
@@ -316,7 +316,9 @@ def _represent_str(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
         ambiguous = not isinstance(resolve_scalar(text), str)
     except ValueError:
         ambiguous = True
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'" if ambiguous else None)
+    # Line breaks of Unicode (U+0085, U+2028, ...) are folded to a space unless they are escaped.
+    quote = "'" if ambiguous else None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=quote)
 
 
 _Dumper.add_representer(str, _represent_str)
