@@ -139,6 +139,12 @@ class DataSection(BaseModel):
         description="Leading characters of file names; images that share them stay on one side of a split. null = the "
         "source's own (5 for deeppcb, none for the others).",
     )
+    images_per_class: int | None = Field(
+        default=None,
+        ge=2,
+        le=1_000_000,
+        description="Training images of a class at most, for sources with a path; null = all.",
+    )
     train_per_class: int = Field(
         default=400, ge=2, le=100_000, description="Training images of a class, for synthetic_pcb."
     )
@@ -146,6 +152,9 @@ class DataSection(BaseModel):
         default=60, ge=2, le=100_000, description="Validation images of a class, for synthetic_pcb."
     )
     test_per_class: int = Field(default=100, ge=2, le=100_000, description="Test images of a class, for synthetic_pcb.")
+    image_size: int | None = Field(
+        default=None, ge=48, le=1024, description="Side of the images synthetic_pcb draws; null = the input's size."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -110,7 +110,7 @@ def test_missing_keys_are_placed_at_the_nearest_line(tmp_path: Path) -> None:
     assert faults_of(path) == [
         "recipe.yaml:1: version: found nothing, needs 1",
         "recipe.yaml:1: data: found nothing, needs a mapping with keys of source, path, val_fraction, test_fraction, "
-        "group_by, train_per_class, val_per_class, test_per_class",
+        "group_by, images_per_class, train_per_class, val_per_class, test_per_class, image_size",
         "recipe.yaml:2: model.name: found nothing, needs xception",
     ]
 
