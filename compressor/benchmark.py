@@ -1,7 +1,7 @@
 """Latency, throughput and an audit of what really runs, for published IRs on the CPU.
 
-Invariant: needs only openvino and numpy (the edge device has no torch), and candidates that are compared are measured in
-turns within one process, so that a change of the machine's load falls on all of them.
+Invariant: needs only openvino and numpy (the edge device has no torch); candidates that are compared are measured in
+turns within one process, so that a change of the load of the machine falls on all of them.
 """
 
 import time
@@ -163,13 +163,14 @@ def cpu_capabilities() -> dict[str, list[str]]:
     }
 
 
-def bench_target(target: Path, *, calls: int = 100, threads: int | None = None) -> dict[str, Any]:
+def bench_target(target: Path, *, calls: int = 100, threads: int | None = None, seconds: float = 3.0) -> dict[str, Any]:
     """Time a run's baseline against its result, or one IR, on random images of the network's size.
 
     Args:
         target: A run folder with `artifacts/`, or an IR's .xml.
         calls: Timed calls of each candidate.
         threads: Inference threads; None leaves the choice to OpenVINO.
+        seconds: Duration of each throughput measurement.
 
     Returns:
         JSON-able: `size` (h, w), `latency` and `throughput_fps` and `audit` per candidate, `cpu`.
@@ -189,7 +190,8 @@ def bench_target(target: Path, *, calls: int = 100, threads: int | None = None) 
         "cpu": cpu_capabilities(),
         "latency": {name: asdict(figures) for name, figures in latency.items()},
         "throughput_fps": {
-            name: measure_throughput(candidate, images, threads=threads) for name, candidate in candidates.items()
+            name: measure_throughput(candidate, images, seconds=seconds, threads=threads)
+            for name, candidate in candidates.items()
         },
         "audit": {name: audit(candidate.xml, candidate.config) for name, candidate in candidates.items()},
     }

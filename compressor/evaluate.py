@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compressor.data.decode import ImageFault, decode, strict_pillow
+from compressor.data.decode import ImageFaultError, decode, strict_pillow
 from compressor.errors import DataError, did_you_mean
 from compressor.metrics import wilson_interval
 from compressor.runtime import DEFAULT, predict, read_labels
@@ -149,7 +149,7 @@ def _decoded(paths: Sequence[Path]) -> Iterator[NDArray[np.uint8]]:
         for path in paths:
             try:
                 yield decode(path.read_bytes()).pixels
-            except ImageFault as fault:
+            except ImageFaultError as fault:
                 raise DataError(f"{path}: {fault}") from fault
 
 

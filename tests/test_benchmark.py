@@ -1,0 +1,111 @@
+"""Benchmark figures are complete and ordered, need no torch, and say what ran."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from separable_network import LABELS, SPEC, normalised, pictures, trained
+
+from compressor.benchmark import (
+    Candidate,
+    audit,
+    bench_target,
+    cpu_capabilities,
+    format_bench,
+    measure_latency,
+    measure_throughput,
+)
+from compressor.environment import INT8_FEATURES, cpu_flags
+from compressor.errors import DataError
+from compressor.export import Published, publish_float, publish_int8
+from compressor.quantization import fold_batchnorm, quantize
+from compressor.runtime import F32
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Published, Published]:
+    folder = tmp_path_factory.mktemp("bench")
+    network = trained()
+    floating = publish_float(network, SPEC, LABELS, folder / "float")
+    fold_batchnorm(network, normalised(pictures(1)))
+    quantized, _ = quantize(network, [normalised(pictures(8))])
+    return floating, publish_int8(quantized, SPEC, LABELS, folder / "int8")
+
+
+def test_latency_counts_calls_and_orders_quantiles(files: tuple[Published, Published]) -> None:
+    candidates = {"baseline": Candidate(files[0].xml, F32), "result": Candidate(files[1].xml)}
+    figures = measure_latency(candidates, pictures(3), calls=23, warmup=2, threads=1)
+    assert list(figures) == ["baseline", "result"]
+    for latency in figures.values():
+        assert latency.calls == 23
+        assert latency.threads == 1
+        assert 0 < latency.median_ms <= latency.p95_ms
+    native = measure_latency({"result": candidates["result"]}, pictures(2, size=600), calls=5)
+    assert native["result"].median_ms > figures["result"].median_ms
+
+
+def test_throughput_counts_finished_images(files: tuple[Published, Published]) -> None:
+    assert measure_throughput(Candidate(files[0].xml), pictures(2), seconds=0.2, threads=1) > 0
+
+
+def test_no_images_is_an_error(files: tuple[Published, Published]) -> None:
+    candidate = Candidate(files[0].xml)
+    with pytest.raises(DataError, match="no images"):
+        measure_latency({"a": candidate}, pictures(0))
+    with pytest.raises(DataError, match="no images"):
+        measure_throughput(candidate, pictures(0))
+
+
+def test_audit_tells_float_from_int8(files: tuple[Published, Published]) -> None:
+    assert audit(files[0].xml, F32)["convolutions"] == {"f32": 7}
+    counted = audit(files[1].xml)
+    assert sum(counted["convolutions"].values()) == 7
+    assert not any(name.startswith("Const") for name in counted["operations"])
+    if cpu_flags() & set(INT8_FEATURES):
+        assert set(counted["convolutions"]) <= {"u8", "i8"}
+
+
+def test_cpu_capabilities_are_json() -> None:
+    capabilities = cpu_capabilities()
+    assert set(capabilities) == {"int8", "bf16", "openvino"}
+    assert "FP32" in json.loads(json.dumps(capabilities))["openvino"]
+
+
+def test_bench_of_a_run_and_of_an_ir(files: tuple[Published, Published], tmp_path: Path) -> None:
+    artifacts = tmp_path / "artifacts"
+    artifacts.mkdir()
+    for source, name in ((files[0], "baseline_fp32"), (files[1], "result_int8")):
+        shutil.copy(source.xml, artifacts / f"{name}.xml")
+        shutil.copy(source.bin, artifacts / f"{name}.bin")
+    result = bench_target(tmp_path, calls=5, threads=1, seconds=0.1)
+    assert result["size"] == [32, 32]
+    assert set(result["latency"]) == {"baseline", "baseline_default", "result"}
+    assert json.loads(json.dumps(result)) == result
+    text = format_bench(result)
+    assert "x as fast" in text
+    assert "7 f32" in text
+    single = bench_target(files[1].xml, calls=5, seconds=0.1)
+    assert set(single["throughput_fps"]) == {"f32", "default"}
+    assert "32x32 pixels" in format_bench(single)
+
+
+def test_bench_of_something_else_says_what_it_takes(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"neither an IR \(\.xml\) nor a run folder"):
+        bench_target(tmp_path)
+    with pytest.raises(DataError, match=r"none\.xml: no such file"):
+        bench_target(tmp_path / "none.xml")
+    (tmp_path / "bad.xml").write_text("<html/>")
+    (tmp_path / "bad.bin").write_bytes(b"")
+    with pytest.raises(DataError, match=r"bad\.xml: OpenVINO cannot read it"):
+        bench_target(tmp_path / "bad.xml")
+
+
+@pytest.mark.parametrize("module", ["compressor.benchmark", "compressor.evaluate"])
+def test_edge_commands_load_no_training_libraries(module: str) -> None:
+    heavy = ("torch", "nncf", "onnx", "onnxruntime", "pydantic", "torch_pruning")
+    code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,223 @@
+"""Laws of folding, quantising, saving and training the quantised network."""
+
+import copy
+import json
+import sys
+
+import pytest
+import torch
+from separable_network import SeparableNetwork, normalised, pictures, trained, varied
+from torch import Tensor, nn
+
+from compressor import quantization
+from compressor.errors import RecipeError, UnsupportedModelError
+from compressor.fake_quantize import NativeKernels
+from compressor.models.xception import Xception
+from compressor.quantization import apply_fold, fold_batchnorm, load_quantized, quantize, resolve_overflow_fix
+
+
+def batches(n: int = 2) -> list[Tensor]:
+    return [normalised(pictures(8, seed=seed)) for seed in range(n)]
+
+
+@pytest.mark.parametrize(
+    ("network", "size", "count"), [(SeparableNetwork(), 32, 4), (Xception(3), 64, 40)], ids=["separable", "xception"]
+)
+def test_folded_equals_original(network: nn.Module, size: int, count: int) -> None:
+    network = varied(network).double()
+    x = torch.randn(2, 3, size, size, dtype=torch.float64)
+    with torch.no_grad():
+        expected = network(x)
+        pairs = fold_batchnorm(network, x)
+        folded = network(x)
+    assert len(pairs) == count
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+    assert (folded - expected).abs().max() <= 1e-12 * expected.abs().max()
+
+
+def test_fold_by_structure_alone_takes_the_folded_state_dict() -> None:
+    network = varied(SeparableNetwork())
+    x = batches(1)[0]
+    fresh = SeparableNetwork().eval()
+    pairs = fold_batchnorm(network, x)
+    apply_fold(fresh, pairs)
+    fresh.load_state_dict(network.state_dict(), strict=True)
+    assert torch.equal(fresh(x), network(x))
+
+
+class Odd(nn.Module):
+    """Norms that must stay: on a shared convolution, on an output read twice, on no convolution at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Conv2d(3, 3, 1)
+        self.shared_bn = nn.BatchNorm2d(3)
+        self.twice = nn.Conv2d(3, 3, 1)
+        self.twice_bn = nn.BatchNorm2d(3)
+        self.alone_bn = nn.BatchNorm2d(3)
+        self.plain = nn.Conv2d(3, 3, 1)
+        self.plain_bn = nn.BatchNorm2d(3, affine=False)
+        self.stateless = nn.Conv2d(3, 3, 1)
+        self.stateless_bn = nn.BatchNorm2d(3, track_running_stats=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.shared_bn(self.shared(x)) + self.shared(x)
+        y = self.twice(x)
+        x = self.twice_bn(y) + y
+        x = self.alone_bn(torch.relu(x))
+        return self.stateless_bn(self.stateless(self.plain_bn(self.plain(x))))
+
+
+def test_fold_leaves_what_is_not_one_to_one() -> None:
+    network = Odd()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+            nn.init.uniform_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    network = network.double().eval()
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    expected = network(x)
+    assert fold_batchnorm(network, x) == [("plain", "plain_bn")]
+    torch.testing.assert_close(network(x), expected)
+
+
+def test_fold_keeps_training_modes() -> None:
+    network = varied(SeparableNetwork())
+    network.third.train()
+    fold_batchnorm(network, batches(1)[0])
+    assert network.third.training
+    assert not network.first.training
+
+
+def test_apply_fold_names_the_nearest_module() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"'stem_bm' is nothing, not a BatchNorm; did you mean 'stem_bn'"):
+        apply_fold(SeparableNetwork(), [("stem", "stem_bm")])
+    with pytest.raises(UnsupportedModelError, match="'stem_bn' is BatchNorm2d, not a convolution"):
+        apply_fold(SeparableNetwork(), [("stem_bn", "stem_bn")])
+
+
+@pytest.fixture(scope="module")
+def folded() -> nn.Module:
+    network = trained()
+    fold_batchnorm(network, batches(1)[0])
+    return network
+
+
+def test_quantize_stays_near_and_leaves_its_input(folded: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+    before = copy.deepcopy(folded.state_dict())
+    quantized, config = quantize(folded, batches(), overflow_fix="disable")
+    x = normalised(pictures(8, seed=9))
+    expected = folded(x)
+    assert 0 < (quantized(x) - expected).abs().max() < 0.1 * (expected.max() - expected.min())
+    assert folded.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in folded.state_dict().items())
+    shapes = [command["module_config"]["scale_shape"] for command in config["compression_state"]]
+    weights = [command for command in config["compression_state"] if "pre_hooks" in command["hook_names_in_model"][0]]
+    assert [1] in shapes
+    assert sum(shape != [1] for shape in shapes) <= len(weights)  # activations per tensor
+    assert capsys.readouterr().out == ""
+
+
+def test_quantizer_config_survives_json_and_rebuilds_equal_outputs(folded: nn.Module) -> None:
+    quantized, config = quantize(folded, batches())
+    rebuilt = load_quantized(copy.deepcopy(folded), json.loads(json.dumps(config)), batches(1)[0])
+    rebuilt.load_state_dict(quantized.state_dict(), strict=True)
+    x = normalised(pictures(8, seed=9))
+    assert torch.equal(rebuilt.eval()(x), quantized(x))
+    assert json.loads(json.dumps(config)) == config
+
+
+def test_config_of_another_structure_is_refused(folded: nn.Module) -> None:
+    _, config = quantize(folded, batches(1))
+    other = copy.deepcopy(folded)
+    other.third = nn.Identity()
+    with pytest.raises(UnsupportedModelError, match="no operation 'third/depthwise/conv2d/0' in this network"):
+        load_quantized(other, config, batches(1)[0])
+
+
+def test_quantized_network_trains_and_copies(folded: nn.Module) -> None:
+    quantized, _ = quantize(folded, batches())
+    trained = copy.deepcopy(quantized).train()
+    x, target = normalised(pictures(16, seed=5)), torch.arange(16) % 6
+    optimizer = torch.optim.Adam([p for p in trained.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(20):
+        loss = nn.functional.cross_entropy(trained(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    scales = [key for key in trained.state_dict() if key.endswith((".scale", "input_range"))]
+    assert scales
+    assert any(not torch.equal(trained.state_dict()[key], quantized.state_dict()[key]) for key in scales)
+
+
+def test_sequential_is_wrapped() -> None:
+    chain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+    quantized, config = quantize(chain, batches(), ignored_scope=["4"])
+    rebuilt = load_quantized(copy.deepcopy(chain), config, batches(1)[0])
+    rebuilt.load_state_dict(quantized.state_dict())
+    x = batches(1)[0]
+    assert torch.equal(rebuilt.eval()(x), quantized(x))
+    assert not any("/4/" in name for command in config["compression_state"] for name in command["hook_names_in_model"])
+
+
+def test_ignored_scope_keeps_modules_in_float(folded: nn.Module) -> None:
+    _, config = quantize(folded, batches(1), ignored_scope=["first*", "head"])
+    hooked = [name for command in config["compression_state"] for name in command["hook_names_in_model"]]
+    assert any("second" in name for name in hooked)
+    assert not any(".head/" in name or "pre_hooks.first/" in name for name in hooked)
+
+
+def test_ignored_scope_that_matches_nothing(folded: nn.Module) -> None:
+    with pytest.raises(RecipeError, match=r"ignored_scope\[1\]: 'haed' matches no module; did you mean 'head'"):
+        quantize(folded, batches(1), ignored_scope=["first", "haed"])
+    with pytest.raises(RecipeError, match=r"ignored_scope\[0\]: 'stem_bn' matches stem_bn, which computes nothing"):
+        quantize(folded, batches(1), ignored_scope=["stem_bn"])
+
+
+def test_no_calibration_data_is_an_error(folded: nn.Module) -> None:
+    with pytest.raises(RecipeError, match="calibration subset is empty"):
+        quantize(folded, [])
+
+
+def test_overflow_fix_follows_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantization, "cpu_flags", lambda: frozenset({"avx2", "avx_vnni"}))
+    assert resolve_overflow_fix("auto") == "disable"
+    monkeypatch.setattr(quantization, "cpu_flags", lambda: frozenset({"avx2"}))
+    assert resolve_overflow_fix("auto") == "enable"
+    assert resolve_overflow_fix("first_layer_only") == "first_layer_only"
+
+
+def test_nncf_compiles_nothing(folded: nn.Module) -> None:
+    quantize(folded, batches(1))
+    assert not any("quantized_functions" in name for name in sys.modules)
+
+
+@pytest.mark.parametrize(
+    ("low", "span", "level_low", "level_high"),
+    [
+        (torch.tensor([-100 / 255 * 2.55]), torch.tensor([2.55]), 0, 255),
+        (torch.tensor([0.0]), torch.tensor([1.7]), 0, 255),
+        (torch.tensor([-1.5 * 128 / 127]), torch.tensor([1.5 * 255 / 127]), -128, 127),
+        (-(torch.arange(8) + 1).reshape(1, 8, 1, 1) / 4.0, (torch.arange(8) + 1).reshape(1, 8, 1, 1) / 2, -127, 127),
+    ],
+    ids=["asymmetric", "unsigned", "signed", "per-channel"],
+)
+def test_kernels_equal_nncf_reference(low: Tensor, span: Tensor, level_low: int, level_high: int) -> None:
+    from nncf.torch.quantization.reference import ReferenceBackendType, ReferenceQuantize
+
+    reference = ReferenceQuantize(backend_type=ReferenceBackendType.NUMPY)
+    levels = level_high - level_low + 1
+    x, grad = (torch.randn(4, 8, 6, 6).mul_(2).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    arrays = [value.numpy() for value in (x, low, span)]
+    out = NativeKernels.Quantize_forward(x, low, span, levels)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    expected = torch.from_numpy(reference.forward(*(a.copy() for a in arrays), levels))
+    # Both round to the nearest of the same levels; exact ties may go either way.
+    assert ((out - expected).abs() > 1e-5).float().mean() < 0.01
+    grads = NativeKernels.Quantize_backward(grad, x, low, span, levels, level_low, level_high)
+    wanted = reference.backward(grad.numpy().copy(), *(a.copy() for a in arrays), levels, level_low, level_high)
+    for got, want in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(got, torch.as_tensor(want).reshape(got.shape), rtol=1e-3, atol=2e-2)
