@@ -241,7 +241,7 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=64, help="side of a crop as the network sees it")
     parser.add_argument("--per-class", type=int, default=1500)
     parser.add_argument("--per-board", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=7)
     parser.add_argument("--width", type=int, default=24, help="channels of the first convolution")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)

@@ -18,7 +18,7 @@ _FAR = np.float32(40.0)
 
 # Least and greatest width of a track and of the gap to the next. At 64 px a unit is a little more than a pixel of
 # DeepPCB, whose thinnest tracks and gaps are 8 px wide.
-_TRACK_STYLES = ((5.5, 8.0, 6.0, 10.0), (8.0, 13.0, 6.5, 13.0), (14.0, 32.0, 8.0, 20.0))
+_TRACK_STYLES = ((5.5, 8.5, 6.5, 11.0), (8.0, 13.0, 7.0, 14.0), (9.0, 15.0, 8.0, 18.0), (14.0, 32.0, 8.0, 20.0))
 
 
 class Dice:
@@ -114,7 +114,7 @@ def draw_layout(canvas: Canvas, dice: Dice) -> Field:
         if roll < 0:
             field = draw(canvas, dice)
             break
-    if dice.chance(0.22):
+    if dice.chance(0.18):
         field = _flood(canvas, dice, field)
     field = np.rot90(field, dice.below(4))
     return np.ascontiguousarray(field.T if dice.chance(0.5) else field)
@@ -176,7 +176,10 @@ def _tracks(canvas: Canvas, dice: Dice) -> Field:
     field = canvas.filled(float(_FAR))
     for centre, half, _ in routes:
         np.minimum(field, np.abs(ridge - np.float32(centre)) - np.float32(half), out=field)
-    end = dice.between(0, 20) if dice.chance(0.35) else _HALF
+    end = dice.between(0, 20) if dice.chance(0.5) else _HALF
+    cut = canvas.pixel(end)
+    if float(np.abs(ridge[:, cut] - ridge[:, cut - 1]).max()) > 0.3 * canvas.unit:
+        end = _HALF  # the tracks do not run straight into the cut, which would leave spikes
     if end < _HALF:
         field = np.maximum(field, canvas.slope(1, 0, end))
     drilled = dice.chance(0.6)

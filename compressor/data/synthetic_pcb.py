@@ -150,7 +150,7 @@ def _lawful(canvas: Canvas, kind: str, before: Field, after: Field, noise: Field
 
 def _roughness(canvas: Canvas, dice: Dice) -> Field:
     """Jitter of the edges as binarisation leaves it: some from pixel to pixel, some shared by rows and columns."""
-    size, depth = canvas.size, dice.between(0.05, 0.35)
+    size, depth = canvas.size, dice.between(0.05, 0.25)
     lines = dice.noise((2, size)) * np.float32(0.5 * depth * canvas.unit)
     jitter: Field = dice.noise((size, size)) * np.float32(depth * canvas.unit)
     jitter += lines[0][None, :] + lines[1][:, None]
@@ -242,7 +242,7 @@ def _place_open(canvas: Canvas, dice: Dice, field: Field) -> Field | None:
     edge = _pick_edge(canvas, dice, field)
     if edge is None or not 4 < edge.copper < 34:
         return None
-    radius = dice.between(1.8, 3.4)
+    radius = dice.between(2.0, 3.6)
     lean = dice.between(-2, 2)
     points = [
         edge.point(radius, -lean),
@@ -256,7 +256,7 @@ def _place_short(canvas: Canvas, dice: Dice, field: Field) -> Field | None:
     edge = _pick_edge(canvas, dice, field)
     if edge is None or not 4 < edge.bare < 30:
         return None
-    radius = dice.between(1.8, 3.4)
+    radius = dice.between(2.0, 3.6)
     lean = dice.between(-2, 2)
     points = [
         edge.point(-1, -lean),
@@ -270,10 +270,10 @@ def _place_mousebite(canvas: Canvas, dice: Dice, field: Field) -> Field | None:
     edge = _pick_edge(canvas, dice, field)
     if edge is None:
         return None
-    depth = min(dice.between(3.4, 9), edge.copper - 2.6)
-    if depth < 3:
+    depth = min(dice.between(5.5, 11), edge.copper - 3)
+    if depth < 4.5:
         return None
-    radius = min(dice.between(1.8, 3.6), depth)
+    radius = min(dice.between(2.8, 4.4), depth)
     lean = dice.between(-2.5, 2.5)
     return _stroke(canvas, [edge.point(radius * 0.6, -lean), edge.point(radius - depth, lean)], radius)
 
@@ -282,16 +282,16 @@ def _place_spur(canvas: Canvas, dice: Dice, field: Field) -> Field | None:
     edge = _pick_edge(canvas, dice, field)
     if edge is None:
         return None
-    height = min(dice.between(3.6, 10), edge.bare - 3)
-    if height < 3.2:
+    height = min(dice.between(5.5, 12), edge.bare - 3.2)
+    if height < 4.5:
         return None
-    radius = min(dice.between(1.8, 3.4), height * 0.6)
+    radius = min(dice.between(2.2, 3.8), height * 0.6)
     lean = dice.between(-2.5, 2.5)
     return _stroke(canvas, [edge.point(-1, -lean), edge.point(height - radius, lean)], radius)
 
 
 def _place_copper(canvas: Canvas, dice: Dice, field: Field) -> Field | None:
-    radius, reach = dice.between(1.9, 3.4), dice.between(0, 6)
+    radius, reach = dice.between(2.2, 3.6), dice.between(0, 6)
     place = _pick(canvas, dice, field > radius + 0.8 * reach + 2.5)
     if place is None:
         return None
@@ -299,7 +299,7 @@ def _place_copper(canvas: Canvas, dice: Dice, field: Field) -> Field | None:
 
 
 def _place_pinhole(canvas: Canvas, dice: Dice, field: Field) -> Field | None:
-    radius, reach = dice.between(1.8, 3.2), dice.between(0, 5.5)
+    radius, reach = dice.between(2.0, 3.4), dice.between(0, 5.5)
     place = _pick(canvas, dice, field < -(radius + 0.6 * reach + 2.2))
     if place is None:
         return None
