@@ -209,9 +209,9 @@ def _no_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _schema(args: argparse.Namespace) -> int:
-    from compressor.recipe_schema import json_schema
+    from compressor.recipe_schema import schema_text
 
-    print(json.dumps(json_schema(), indent=2))
+    sys.stdout.write(schema_text())
     return 0
 
 
@@ -240,13 +240,10 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    import dataclasses
-
-    from compressor.edge import format_evaluation
-    from compressor.evaluate import evaluate_ir
+    from compressor.evaluate import evaluate_ir, format_evaluation
 
     evaluation = evaluate_ir(args.ir, args.data)
-    print(json.dumps(dataclasses.asdict(evaluation)) if args.json else format_evaluation(evaluation))
+    print(json.dumps(evaluation.to_json()) if args.json else format_evaluation(evaluation))
     return 0
 
 
@@ -259,9 +256,9 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from compressor.edge import bench, format_bench
+    from compressor.benchmark import bench_target, format_bench
 
-    result = bench(args.target, calls=args.calls, threads=args.threads)
+    result = bench_target(args.target, calls=args.calls, threads=args.threads)
     print(json.dumps(result) if args.json else format_bench(result))
     return 0
 

@@ -29,7 +29,7 @@ from compressor.models.counting import count
 from compressor.models.weights import WeightsReport, load_weights
 from compressor.preprocess import InputSpec
 from compressor.proof import Networks, prove
-from compressor.recipe import Finetune, Quantize, Recipe
+from compressor.recipe import DropBlocks, Finetune, Quantize, Recipe, Stage
 from compressor.recipe_loader import load_recipe
 from compressor.report import Footprint, Report, write_report
 from compressor.run_folder import exclusive, log_file, open_partial, publish, stage_is_ready
@@ -127,6 +127,8 @@ def _prepare(recipe: Recipe, partial: Path, device: str) -> tuple[_Run, Network]
         download=recipe.model.weights_download,
         fallback=recipe.model.weights_fallback,
     )
+    if not leading_finetunes(recipe) and not weights.head_loaded:
+        _refuse_untrained_baseline(recipe, weights)
     example = to_input(data.train.images[:1], spec, "cpu")
     state = _Run(recipe, partial, Context(example, data, device, partial), weights)
     state.notes += [*data.notes, *weights.notes]
@@ -144,6 +146,28 @@ def input_spec(recipe: Recipe) -> InputSpec:
     """The recipe's `input` section as the preprocessing every part shares."""
     height, width = recipe.input.size
     return InputSpec(height, width, recipe.input.resize, recipe.input.fit, recipe.input.mean, recipe.input.std)
+
+
+def leading_finetunes(recipe: Recipe) -> int:
+    """Number of stages that train the baseline."""
+    return next((i for i, stage in enumerate(recipe.stages) if not isinstance(stage, Finetune)), len(recipe.stages))
+
+
+def _refuse_untrained_baseline(recipe: Recipe, weights: WeightsReport) -> None:
+    """What only loading the weights tells: their head does not fit the data, so there is nothing to compare with."""
+    wanted = [f"stages[{i}]" for i, stage in enumerate(recipe.stages) if _needs_teacher(stage)]
+    wanted += ["budget.accuracy_drop"] if recipe.budget.accuracy_drop is not None else []
+    if wanted:
+        raise RecipeError(
+            f"{', '.join(wanted)}: needs a trained baseline, but {weights.source} has no head for these classes; "
+            "begin `stages` with a finetune"
+        )
+
+
+def _needs_teacher(stage: Stage) -> bool:
+    recovery = getattr(stage, "recovery", None)
+    judged = isinstance(stage, DropBlocks) and stage.metric == "distill_loss"
+    return judged or getattr(stage, "distill", None) is not None or (recovery and recovery.distill) is not None
 
 
 def _device(asked: str) -> str:
@@ -193,7 +217,7 @@ def _digest(value: object) -> str:
 def _run_stages(state: _Run, network: Network) -> Networks:
     """Run every stage, or take it from this run's folder or an earlier run's; keep the networks that get measured."""
     stages = state.recipe.stages
-    lead = next((i for i, stage in enumerate(stages) if not isinstance(stage, Finetune)), len(stages))
+    lead = leading_finetunes(state.recipe)
     quantize_at = next((i for i, stage in enumerate(stages) if isinstance(stage, Quantize)), None)
     keys = [_first_key(state)]
     for stage in stages:
@@ -226,7 +250,8 @@ def _run_stages(state: _Run, network: Network) -> Networks:
     final = dataclasses.replace(network, module=frozen_copy(network.module))
     return Networks(
         baseline=kept["baseline"],
-        baseline_trained=lead > 0,
+        baseline_trained=lead > 0 or state.weights.head_loaded,
+        lead=lead,
         floating=kept.get("floating", final),
         quantized=final if quantize_at is not None else None,
     )

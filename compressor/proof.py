@@ -44,6 +44,7 @@ class Networks:
 
     baseline: Network
     baseline_trained: bool
+    lead: int  # number of stages before the baseline
     floating: Network
     quantized: Network | None
 
@@ -93,8 +94,7 @@ def prove(
             extra.append(f"retraining memory was not measured: {retrain['error']}")
     baseline = _footprint(context, networks.baseline, "baseline", files["baseline"], accuracy, speed)
     result = _footprint(context, networks.result, "result", files["result"], accuracy, speed)
-    lead = next((i for i, stage in enumerate(recipe.stages) if not isinstance(stage, Finetune)), len(recipe.stages))
-    baseline = dataclasses.replace(baseline, **_training_cost(records[:lead]))
+    baseline = dataclasses.replace(baseline, **_training_cost([r for r in records if r["index"] < networks.lead]))
     result = dataclasses.replace(
         result,
         **_training_cost(records),
@@ -102,6 +102,7 @@ def prove(
         retrain_peak_memory_bytes=retrain.get("peak_bytes"),
     )
     missed += recipe.budget.violations(result.to_json(), baseline.to_json())
+    extra += recipe.budget.overshoots(result.to_json(), baseline.to_json())
     if missed:
         shutil.rmtree(folder)
     for line in missed:
@@ -136,11 +137,11 @@ def prove(
 def _export(folder: Path, context: Context, networks: Networks, notes: list[str]) -> dict[str, Path]:
     """Write every artifact; returns the IR of the baseline and of the result, and what parity compares."""
     data = context.data
-    files = {"baseline": folder / "baseline_fp32.xml", "floating": folder / "result_fp32.xml"}
+    files = {"baseline": folder / "baseline_fp32.xml"}
     save_ir(convert_float_ir(networks.baseline.module.cpu(), data.spec, data.labels), files["baseline"])
     published = publish_float(networks.floating.module.cpu(), data.spec, data.labels, folder / "result_fp32")
     assert published.onnx is not None
-    files["floating_onnx"], files["result"] = published.onnx, published.xml
+    files["floating"], files["floating_onnx"], files["result"] = published.xml, published.onnx, published.xml
     if networks.quantized is not None:
         published = publish_int8(networks.quantized.module.cpu(), data.spec, data.labels, folder / "result_int8")
         files["result"] = files["quantized"] = published.xml
@@ -190,25 +191,25 @@ def _accuracy(context: Context, networks: Networks, files: Mapping[str, Path]) -
 def _benchmark(context: Context, recipe: Recipe, networks: Networks, files: Mapping[str, Path]) -> dict[str, Any]:
     """Latency interleaved over baseline and result, throughput, PyTorch for reference, and what really ran in INT8."""
     data, options = context.data, recipe.benchmark
-    threads = {"INFERENCE_NUM_THREADS": str(options.threads)} if options.threads else {}
-    f32, default = {**F32, **threads}, {**DEFAULT, **threads}
     images = data.test.images[: min(64, len(data.test.labels))]
     candidates = {
-        "baseline": Candidate(files["baseline"], f32),
-        "baseline_default": Candidate(files["baseline"], default),
-        "result": Candidate(files["result"], default),
+        "baseline": Candidate(files["baseline"], F32),
+        "baseline_default": Candidate(files["baseline"]),
+        "result": Candidate(files["result"]),
     }
     if networks.quantized is not None:
-        candidates["result_fp32"] = Candidate(files["floating"], f32)
-        candidates["result_fp32_default"] = Candidate(files["floating"], default)
-    latency = measure_latency(candidates, images, calls=options.calls)
+        candidates["result_fp32"] = Candidate(files["floating"], F32)
+        candidates["result_fp32_default"] = Candidate(files["floating"])
+    latency = measure_latency(candidates, images, calls=options.calls, threads=options.threads)
     pair = {name: candidates[name] for name in ("baseline", "result")}
-    native = measure_latency(pair, _native_images(data.native_size, images), calls=options.calls)
+    native = measure_latency(
+        pair, _native_images(data.native_size, images), calls=options.calls, threads=options.threads
+    )
     speed: dict[str, Any] = {
         "latency": {name: dataclasses.asdict(value) for name, value in latency.items()},
         "latency_native": {name: dataclasses.asdict(value) for name, value in native.items()},
         "native_size": list(data.native_size),
-        "audit": {name: dataclasses.asdict(audit(c.xml, c.config)) for name, c in pair.items()},
+        "audit": {name: audit(c.xml, c.config) for name, c in pair.items()},
         "torch_eager_ms": {
             "baseline": _eager_ms(networks.baseline, context),
             "result_float": _eager_ms(networks.floating, context),
@@ -216,8 +217,8 @@ def _benchmark(context: Context, recipe: Recipe, networks: Networks, files: Mapp
         "cpu": cpu_capabilities(),
     }
     if options.throughput_s:
-        speed["throughput"] = {
-            name: dataclasses.asdict(measure_throughput(c.xml, images, seconds=options.throughput_s, config=c.config))
+        speed["throughput_fps"] = {
+            name: measure_throughput(c, images, seconds=options.throughput_s, threads=options.threads)
             for name, c in pair.items()
         }
     return speed
@@ -284,7 +285,7 @@ def _footprint(
         latency_p95_ms=latency[name]["p95_ms"],
         latency_default_ms=default,
         latency_native_ms=native[name]["median_ms"],
-        throughput_fps=speed.get("throughput", {}).get(name, {}).get("fps"),
+        throughput_fps=speed.get("throughput_fps", {}).get(name),
         accuracy=known["accuracy"] if known else None,
         accuracy_ci=known["ci"] if known else None,
         val_accuracy=evaluate(network.module, context.data.val, context.data.spec)[0],

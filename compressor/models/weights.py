@@ -37,6 +37,7 @@ class WeightsReport:
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     reinitialised: tuple[str, ...]
+    head_loaded: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -86,7 +87,8 @@ def load_into(
         )
     usable = {k: v for k, v in tensors.items() if k in own and k not in misshapen}
     model.load_state_dict({k: v.to(own[k].dtype) for k, v in usable.items()}, strict=False)
-    return WeightsReport(source, sha256, len(usable), tuple(missing), tuple(unexpected), tuple(misshapen))
+    head_loaded = any(k.startswith(in_head) for k in usable) and not missing and not misshapen
+    return WeightsReport(source, sha256, len(usable), tuple(missing), tuple(unexpected), tuple(misshapen), head_loaded)
 
 
 def load_weights(
@@ -107,7 +109,9 @@ def load_weights(
         fallback: `none` allows random initialisation when `imagenet` is not at hand.
     """
     if weights == "none":
-        return WeightsReport("none", None, 0, tuple(model.state_dict()), (), (), ("random initialisation, as asked",))
+        return WeightsReport(
+            "none", None, 0, tuple(model.state_dict()), (), (), notes=("random initialisation, as asked",)
+        )
     if weights == "imagenet":
         path = imagenet_path(name)
         if not path.is_file() and download:
@@ -122,7 +126,7 @@ def load_weights(
                 raise ResourceError(f"model.weights: {advice}")
             log.warning("TRAINING FROM RANDOM INITIALISATION: %s", advice)
             note = "ImageNet weights were not at hand: random initialisation (weights_fallback: none)"
-            return WeightsReport("none", None, 0, tuple(model.state_dict()), (), (), (note,))
+            return WeightsReport("none", None, 0, tuple(model.state_dict()), (), (), notes=(note,))
     else:
         path = Path(weights).expanduser()
     report = load_into(model, read_tensors(path), head=HEADS[name], source=str(path), sha256=sha256_of(path))
