@@ -101,14 +101,17 @@ def show_report(report: "Report", run: Path) -> None:
         table.add_row(title, *("not measured" if v is None else form.format(v * scale) for v in (before, after)), ratio)
     console.print(table)
     for reason in report.verdict["reasons"]:
-        console.print(f"missed: {reason}", style="red", markup=False)
+        console.print(f"missed: {reason}", style="red", markup=False, soft_wrap=True)
     for note in report.notes:
         console.print(f"note: {note}", markup=False, highlight=False)
     console.print(
-        f"{report.verdict['status']}: {run / 'report.json'}", style="green" if report.passed else "red", markup=False
+        f"{report.verdict['status']}: {run / 'report.json'}",
+        style="green" if report.passed else "red",
+        markup=False,
+        soft_wrap=True,
     )
     for artifact in report.artifacts:
-        console.print(f"  {run / artifact.path}", markup=False, highlight=False)
+        console.print(f"  {run / artifact.path}", markup=False, highlight=False, soft_wrap=True)
 
 
 def show_plan(plan: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from compressor.pruning.importance import score_groups
 from compressor.pruning.kernels import find_kernels, replace_kernels
 from compressor.pruning.plan import PrunePlan, decide_plan, width_plan
 from compressor.report import Footprint
-from compressor.training import evaluate, predict, reestimate_batchnorm
+from compressor.training import choose_precision, evaluate, predict, reestimate_batchnorm
 
 DISTILL_T = 2.0  # temperature at which removing a block is judged
 
@@ -263,17 +263,18 @@ def _measured_loss(
     stage: spec.DropBlocks, context: Context, teacher: nn.Module | None, seed: int
 ) -> Callable[[nn.Module], float]:
     """Cross-entropy on validation, or distillation loss on training images; the same images every time."""
-    data = context.data
+    data, device = context.data, context.device
+    dtype = choose_precision("auto", device)  # candidates are compared with each other, so bf16's rounding is harmless
     if stage.metric == "val_loss":
         chosen = calibration_indices(data.val, stage.metric_images, seed)
         part = Split(data.val.images[chosen], data.val.labels[chosen], tuple(data.val.names[i] for i in chosen))
-        return lambda network: evaluate(network, part, data.spec, device=context.device)[1]
+        return lambda network: evaluate(network, part, data.spec, device=device, dtype=dtype)[1]
     assert teacher is not None, "the recipe validator demands a baseline before distillation"
     images = data.train.images[calibration_indices(data.train, stage.metric_images, seed)]
-    wanted = torch.log_softmax(predict(teacher, images, data.spec, device=context.device) / DISTILL_T, dim=1)
+    wanted = torch.log_softmax(predict(teacher, images, data.spec, device=device, dtype=dtype) / DISTILL_T, dim=1)
 
     def distance(network: nn.Module) -> float:
-        got = torch.log_softmax(predict(network, images, data.spec, device=context.device) / DISTILL_T, dim=1)
+        got = torch.log_softmax(predict(network, images, data.spec, device=device, dtype=dtype) / DISTILL_T, dim=1)
         return float(nn.functional.kl_div(got, wanted, log_target=True, reduction="batchmean"))
 
     return distance

@@ -33,6 +33,7 @@ from compressor.errors import DataError, RecipeError, ResourceError, did_you_mea
 
 log = logging.getLogger(__name__)
 
+CALTECH101_INNER_MD5 = "b224c7392d521a49829488ab0f1120d9"
 CONNECT_S = 9.0  # an offline machine is told within 10 s
 _STALL_S = 60.0
 _MAX_BYTES = 2 * 2**30
@@ -195,7 +196,6 @@ def _check_lock(lock: Path, name: str, url: str, digest: str) -> None:
 
 def _read_caltech101(archive: Path) -> Iterator[File]:
     """101 classes; 30 images of each to train, the others to test, chosen by hash, so alike on every machine."""
-    md5 = "b224c7392d521a49829488ab0f1120d9"
     classes: dict[str, dict[str, bytes]] = defaultdict(dict)
     with zipfile.ZipFile(archive) as outer, tempfile.TemporaryFile() as inner:
         member = next((n for n in outer.namelist() if n.endswith("101_ObjectCategories.tar.gz")), None)
@@ -205,8 +205,8 @@ def _read_caltech101(archive: Path) -> Iterator[File]:
             shutil.copyfileobj(packed, inner, _CHUNK)
         inner.seek(0)
         found = hashlib.file_digest(inner, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-        if found != md5:
-            raise DataError(f"{member}: MD5 is {found}, {md5} was published")
+        if found != CALTECH101_INNER_MD5:
+            raise DataError(f"{member}: MD5 is {found}, {CALTECH101_INNER_MD5} was published")
         inner.seek(0)
         with tarfile.open(fileobj=inner, mode="r:gz") as images:
             for entry in images:

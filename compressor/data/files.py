@@ -162,6 +162,7 @@ def _open_tar(path: Path) -> FileTree:
                     offsets[name] = member.offset_data
                     folders.update(str(p) for p in PurePosixPath(name).parents if p.name)
                     files.append(FileEntry(name, member.size, (member.offset_data, status.st_mtime_ns)))
+            faults += _end_faults(path, archive.offset)
     except (tarfile.TarError, ValueError, EOFError) as error:
         advice = "unpack it, or give an uncompressed .tar or a folder"
         raise DataError(f"{path}: not a readable tar archive ({error}); {advice}") from error
@@ -175,6 +176,16 @@ def _open_tar(path: Path) -> FileTree:
         return data
 
     return FileTree(path, _by_name(files), tuple(sorted(folders)), tuple(faults), read)
+
+
+def _end_faults(path: Path, offset: int) -> list[str]:
+    """Python's tarfile stops without a word at a damaged or cut header (3.11); a sound archive ends in zeros."""
+    with path.open("rb") as stream:
+        stream.seek(offset)
+        block = stream.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        return [f"{path}: the archive has no end mark; it is truncated"]
+    return [f"{path}: no readable member at byte {offset}; the archive is damaged"] if any(block) else []
 
 
 def _by_name(files: list[FileEntry]) -> tuple[FileEntry, ...]:

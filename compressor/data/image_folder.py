@@ -24,9 +24,17 @@ _EXPECTED = "a data set is train/ [val/] test/ with a folder per class in each, 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """A file in a class folder: its split (None where the tree has no splits) and the index of its class."""
+    """A file in a class folder.
+
+    Attributes:
+        entry: Where it is.
+        name: Path below the data set's top folder, so alike for a folder and a tar of it.
+        split: None where the tree has no splits.
+        label: Index of its class.
+    """
 
     entry: FileEntry
+    name: str
     split: str | None
     label: int
 
@@ -94,7 +102,9 @@ def find_layout(tree: FileTree) -> Layout:
             if key not in filled:
                 faults.append(f"{where(parts)}: an empty class folder; remove it or fill it")
     index = {folder: number for number, folder in enumerate(sorted(classes))}
-    images = sorted((ImageFile(e, s, index[f]) for e, s, f in found), key=lambda i: (i.label, i.entry.name))
+    images = sorted(
+        (ImageFile(e, "/".join(below(e.name)), s, index[f]) for e, s, f in found), key=lambda i: (i.label, i.name)
+    )
     notes = [f"files outside of the class folders ignored: {', '.join(strays[:5])}"] if strays else []
     return Layout(labels, tuple(images), tuple(faults), tuple(notes))
 

@@ -97,7 +97,7 @@ def load_dataset(
         raise_faults(str(tree.path), faults + faults_of(tree, [image.entry for image in layout.images]))
     group = group_by if group_by is not None else _GROUP_BY.get(source)
     shas = digests(tree, [image.entry for image in layout.images], cache)
-    items = [Item(i.entry.name, sha, i.label, i.split) for i, sha in zip(layout.images, shas, strict=True)]
+    items = [Item(i.name, sha, i.label, i.split) for i, sha in zip(layout.images, shas, strict=True)]
     chosen = assign(
         items,
         layout.labels,
