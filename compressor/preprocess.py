@@ -117,7 +117,7 @@ def _compile_single_threaded(model: ov.Model) -> ov.CompiledModel:
     try:
         # The plugin keeps 5,000 compiled kernels, one or two per input size: about a megabyte each here. The property
         # is not a documented one (openvino 2026.4), hence the way out.
-        return ov.compile_model(model, "CPU", {**config, "CPU_RUNTIME_CACHE_CAPACITY": 64})
+        return ov.compile_model(model, "CPU", {**config, "CPU_RUNTIME_CACHE_CAPACITY": 256})
     except RuntimeError:
         return ov.compile_model(model, "CPU", config)
 

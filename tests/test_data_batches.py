@@ -1,0 +1,112 @@
+"""Normalisation equals the IR's; augmentation equals plain torch, one image at a time."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from compressor.data.batches import Augment, to_input
+from compressor.preprocess import InputSpec
+
+
+def batch(n: int = 6, side: int = 9) -> Tensor:
+    return (
+        torch.arange(n * 3 * side * side, dtype=torch.float32)
+        .view(n, 3, side, side)
+        .contiguous(memory_format=torch.channels_last)
+    )
+
+
+def symmetries(image: Tensor) -> list[Tensor]:
+    turned = [torch.rot90(image, k, (1, 2)) for k in range(4)]
+    return [*turned, *(t.flip(2) for t in turned)]
+
+
+def test_to_input_normalises_in_channels_last_without_touching_the_source() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), dtype=np.uint8)
+    before = images.copy()
+    spec = InputSpec(4, 6, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+    x = to_input(images, spec, "cpu")
+    assert x.shape == (5, 3, 4, 6)
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    expected = ((images / 255 - spec.mean) / spec.std).transpose(0, 3, 1, 2)
+    np.testing.assert_allclose(x.numpy(), expected, atol=2e-6)
+    assert np.array_equal(images, before)
+    assert to_input(images, spec, "cpu", torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_to_input_takes_a_read_only_slice() -> None:
+    images = np.zeros((5, 4, 6, 3), np.uint8)
+    images.flags.writeable = False
+    assert to_input(images[:2], InputSpec(4, 6), "cpu").shape == (2, 3, 4, 6)
+
+
+def test_to_input_refuses_another_size() -> None:
+    with pytest.raises(ValueError, match=r"uint8 \(2, 4, 6, 3\) found; uint8 \(N, 6, 6, 3\) is needed"):
+        to_input(np.zeros((2, 4, 6, 3), np.uint8), InputSpec(6, 6), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("augment", "allowed"),
+    [
+        (Augment(flip=True), (0, 4)),
+        (Augment(flip=False, vertical_flip=True), (0, 6)),
+        (Augment(flip=True, vertical_flip=True), (0, 2, 4, 6)),
+        (Augment(flip=False, rotate90=True), (0, 1, 2, 3)),
+        (Augment(flip=True, rotate90=True), tuple(range(8))),
+    ],
+)
+def test_each_image_becomes_one_of_the_allowed_symmetries_and_each_occurs(
+    augment: Augment, allowed: tuple[int, ...]
+) -> None:
+    x = batch(300, 4)
+    y = augment(x, torch.Generator().manual_seed(0))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    seen = [0] * 8
+    for image, changed in zip(x, y, strict=True):
+        match = [k for k, s in enumerate(symmetries(image)) if torch.equal(s, changed)]
+        assert len(match) == 1
+        seen[match[0]] += 1
+    assert {k for k, count in enumerate(seen) if count} == set(allowed)
+    assert min(seen[k] for k in allowed) > 300 / len(allowed) * 0.6
+
+
+def test_shift_is_a_crop_of_the_reflection_padded_image() -> None:
+    x, shift = batch(50), 3
+    y = Augment(flip=False, shift=shift)(x, torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(x, (shift,) * 4, mode="reflect")
+    found = set()
+    for i in range(len(x)):
+        crops = {(r, c): padded[i, :, r : r + 9, c : c + 9] for r in range(7) for c in range(7)}
+        places = [place for place, crop in crops.items() if torch.equal(crop, y[i])]
+        assert len(places) == 1
+        found.add(places[0])
+    assert len(found) > 20
+
+
+def test_shift_beyond_the_image_is_defined() -> None:
+    y = Augment(flip=False, shift=40)(batch(20, 3), torch.Generator().manual_seed(0))
+    assert set(y.unique().tolist()) <= set(batch(20, 3).unique().tolist())
+    one = torch.ones(2, 3, 1, 1)
+    assert torch.equal(Augment(shift=5)(one, torch.Generator()), one)
+
+
+def test_generator_decides() -> None:
+    augment = Augment(flip=True, vertical_flip=True, shift=2, rotate90=True)
+    x = batch()
+    first, again = (augment(x, torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, augment(x, torch.Generator().manual_seed(2)))
+
+
+def test_input_is_left_alone_and_bytes_work() -> None:
+    x = batch().to(torch.uint8)
+    before = x.clone()
+    assert Augment(flip=True, shift=2)(x, torch.Generator().manual_seed(1)).dtype == torch.uint8
+    assert torch.equal(x, before)
+    assert Augment(flip=False)(x, torch.Generator()) is x
+
+
+def test_rotation_needs_square_images() -> None:
+    with pytest.raises(ValueError, match="square images; 4 x 6 found"):
+        Augment(rotate90=True)(torch.zeros(1, 3, 4, 6), torch.Generator())
