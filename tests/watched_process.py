@@ -1,7 +1,7 @@
 """Run a command and record every network address it asks for and every file it changes outside the folders allowed.
 
-Invariant: Python children are watched like the command itself, because the hook travels in their environment. Native code
-raises no audit events; what it leaves behind shows in folders the caller watches (an own HOME and TMPDIR).
+Invariant: Python children are watched like the command itself, because the hook travels in their environment. Native
+code raises no audit events; what it leaves behind shows in folders the caller watches (an own HOME and TMPDIR).
 """
 
 import json
@@ -54,6 +54,7 @@ def _install():
 
 _install()
 """
+_REPOSITORY = str(Path(__file__).resolve().parent.parent)  # for `import compressor` from any folder
 _NOWHERE = (Path("/dev/null"), Path("/dev/tty"))
 
 
@@ -90,7 +91,9 @@ def run_watched(
         hook, log = Path(folder) / "sitecustomize.py", Path(folder) / "log"
         hook.write_text(_HOOK)
         log.touch()
-        search = os.pathsep.join(filter(None, [folder, env.get("PYTHONPATH", inherited.get("PYTHONPATH"))]))
+        search = os.pathsep.join(
+            filter(None, [folder, _REPOSITORY, env.get("PYTHONPATH", inherited.get("PYTHONPATH"))])
+        )
         watching = {"PYTHONPATH": search, "PYTHONDONTWRITEBYTECODE": "1", "WATCHED_LOG": str(log)}
         done = subprocess.run(
             [sys.executable, *argv],
