@@ -3,6 +3,7 @@
 Invariant: a name resolves in a fixed table; no recipe text is ever imported or evaluated.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 
 from torch import nn
@@ -27,7 +28,8 @@ def build(source: str, name: str, args: Mapping[str, object], num_classes: int) 
         raise RecipeError(
             f"model.name: '{name}' is not a built-in model; allowed: {', '.join(BUILTIN)}{did_you_mean(name, BUILTIN)}"
         )
-    try:
-        return BUILTIN[name](num_classes=num_classes, **args)
-    except TypeError as error:
-        raise RecipeError(f"model.args: {error}") from None
+    known = set(inspect.signature(BUILTIN[name]).parameters) - {"num_classes"}
+    if unknown := sorted(set(args) - known):
+        allowed = ", ".join(sorted(known)) or f"no argument for {name}"
+        raise RecipeError(f"model.args: found {', '.join(unknown)}, allowed {allowed}")
+    return BUILTIN[name](num_classes=num_classes, **args)

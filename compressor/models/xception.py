@@ -106,6 +106,6 @@ def initialise(model: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def xception(num_classes: int = 1000, in_chans: int = 3) -> nn.Module:
-    """Build a randomly initialised Xception; see `Xception` for shapes."""
-    return Xception(num_classes, in_chans)
+def xception(num_classes: int = 1000) -> nn.Module:
+    """Build a randomly initialised Xception for RGB images; see `Xception` for shapes."""
+    return Xception(num_classes)
