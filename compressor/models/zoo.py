@@ -61,9 +61,9 @@ def _import_torchvision() -> str | None:
 
 def _define_operators() -> None:
     log.warning("torchvision has no operators for this torch; defining %d of them, unable to run", len(_OPERATORS))
-    library = torch.library.Library("torchvision", "DEF")
+    library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
     for signature in _OPERATORS:
-        library.define(signature)
+        library.define(signature)  # type: ignore[no-untyped-call]
     _defined.append(library)
     # The failed import leaves submodules behind, which a second import would take for complete.
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
