@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from separable_network import LABELS, SPEC, normalised, pictures, trained
 from torch import nn
 
@@ -44,10 +45,14 @@ def test_files_of_another_network_are_caught(network: nn.Module, files: Publishe
     assert not any("onnx and ir_f32" in line for line in found)
 
 
-def test_int8_runtimes_agree(network: nn.Module, tmp_path: Path) -> None:
+def _quantized(network: nn.Module) -> nn.Module:
     folded = copy.deepcopy(network)
     fold_batchnorm(folded, normalised(pictures(1)))
-    quantized, _ = quantize(folded, [normalised(pictures(32, seed=1))])
+    return quantize(folded, [normalised(pictures(32, seed=1))])[0]
+
+
+def test_int8_runtimes_agree(network: nn.Module, tmp_path: Path) -> None:
+    quantized = _quantized(network)
     files = publish_int8(quantized, SPEC, LABELS, tmp_path / "int8")
     parity = check_int8(quantized, files.onnx, files.xml, pictures(100), SPEC)
     assert len(parity.pairs) == 6
@@ -66,6 +71,26 @@ def test_int8_threshold_is_99_percent() -> None:
     assert violations(Parity("int8", 200, compare({"torch": first, "onnx": second}))) == [
         "int8 parity: torch and onnx agree on the class of 98.5% of 200 images; 99% are needed"
     ]
+
+
+def test_a_network_of_close_calls_is_told_from_a_wrong_file(network: nn.Module, tmp_path: Path) -> None:
+    undecided = copy.deepcopy(network)
+    undecided.head.weight.data[1:] = undecided.head.weight.data[:1] + 1e-6 * torch.randn(5, 32)
+    undecided.head.bias.data.fill_(0.0)
+    files = publish_int8(_quantized(undecided), SPEC, LABELS, tmp_path / "undecided")
+    parity = check_int8(_quantized(undecided), files.onnx, files.xml, pictures(64), SPEC)
+    if violations(parity):  # the runtimes may happen to tip the same way
+        assert parity.self_agreement is not None
+    wrong = check_int8(_quantized(network), files.onnx, files.xml, pictures(64), SPEC)
+    assert wrong.self_agreement is not None
+    assert wrong.self_agreement >= 0.98
+    assert any("99% are needed" in line for line in violations(wrong))
+
+
+def test_close_calls_are_named_in_the_violation() -> None:
+    pairs = compare({"torch": np.eye(2, dtype=np.float32), "onnx": np.eye(2, dtype=np.float32)[::-1]})
+    assert "close calls" in violations(Parity("int8", 2, pairs, 0.9))[0]
+    assert "close calls" not in violations(Parity("int8", 2, pairs, 1.0))[0]
 
 
 def test_ties_are_counted_and_excused_only_within_the_tolerance() -> None:
