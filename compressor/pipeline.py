@@ -5,6 +5,7 @@ Invariant: work happens in `RUN.partial/`; `RUN` appears by one rename, after it
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import shutil
@@ -18,9 +19,9 @@ import torch
 from torch import nn
 
 from compressor import __version__, environment
-from compressor.artifacts import write_json
+from compressor.artifacts import sha256_of, write_json
 from compressor.checkpoint import Network, load_network, save_network
-from compressor.context import Context
+from compressor.context import Context, Work
 from compressor.data import Dataset, load_dataset
 from compressor.data.batches import to_input
 from compressor.errors import RecipeError, ResourceError, TrainingError
@@ -32,8 +33,8 @@ from compressor.proof import Networks, prove
 from compressor.recipe import DropBlocks, Finetune, Quantize, Recipe, Stage
 from compressor.recipe_loader import load_recipe
 from compressor.report import Footprint, Report, write_report
-from compressor.run_folder import exclusive, log_file, open_partial, publish, stage_is_ready
-from compressor.stages import run_stage
+from compressor.run_folder import log_file, open_partial, partial_of, publish, remember_stage, stage_is_ready
+from compressor.stages import not_finite, run_stage
 from compressor.training import frozen_copy
 
 log = logging.getLogger(__name__)
@@ -84,9 +85,10 @@ def compress(
         raise RecipeError("compress(model=...): own networks are not supported yet; name a built-in one in the recipe")
     environment.prepare_process()
     tree, name = _read_recipe(recipe, overrides)
-    run = Path(run_dir) if run_dir else Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    partial = open_partial(run, tree, resume=resume, force=force)
-    with exclusive(partial), log_file(partial / "run.log"):
+    run = Path(run_dir) if run_dir else _fresh_run_dir(name)
+    if run.name in ("", ".."):
+        run = run.resolve()
+    with open_partial(run, tree, resume=resume, force=force) as partial, log_file(partial / "run.log"):
         state, network = _prepare(tree, partial, _device(device))
         networks = _run_stages(state, network)
         report = prove(
@@ -99,8 +101,15 @@ def compress(
             notes=state.notes,
         )
         write_report(partial / "report.json", report)
-        publish(partial, run, state.records)
+        publish(partial, run, state.records, force=force)
     return report
+
+
+def _fresh_run_dir(name: str) -> Path:
+    """A folder under `runs/` that neither exists nor is being worked on."""
+    first = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    candidates = itertools.chain([first], (first.with_name(f"{first.name}-{i}") for i in itertools.count(2)))
+    return next(path for path in candidates if not path.exists() and not partial_of(path).exists())
 
 
 def _read_recipe(recipe: str | Path | Recipe, overrides: Sequence[str]) -> tuple[Recipe, str]:
@@ -262,19 +271,23 @@ def _run_one(
 ) -> Network:
     """Run one stage and write its folder in one rename."""
     stage = state.recipe.stages[index]
+    work = Work({}, [], [])
     started = time.perf_counter()
     try:
         outcome = run_stage(
             stage,
             network,
             state.context,
+            work,
             where=f"stages[{index}]",
             seed=state.recipe.seed + index,
             teacher=teacher,
             baseline=baseline,
         )
     except TrainingError as error:
-        save_network(state.partial / "last_good", network)
+        if not_finite(network.module):
+            raise
+        save_network(state.partial / "last_good", dataclasses.replace(network, edits=(*network.edits, *work.edits)))
         raise TrainingError(f"stages[{index}]: {error} (in {state.partial / 'last_good'})") from error
     seconds = time.perf_counter() - started
     record = {
@@ -294,15 +307,17 @@ def _run_one(
     save_network(unfinished, outcome.network)
     if outcome.plan is not None:
         write_json(unfinished / "plan.json", outcome.plan)
+    record["files"] = {path.name: sha256_of(path) for path in sorted(unfinished.iterdir())}
     write_json(unfinished / "footprint.json", record)
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
+    remember_stage(folder, key)
     state.records.append({**record, "reused": False})
     state.timing[f"stages[{index}] {stage.type}"] = seconds
     log.info(
         "stage %d done in %.0f s: %.4f validation accuracy", index + 1, seconds, outcome.footprint.val_accuracy or 0.0
     )
-    return outcome.network
+    return load_network(folder)  # so that a resumed run goes on from the very same, to the order of its parameters
 
 
 def _stage_folder(state: _Run, index: int) -> Path:

@@ -41,6 +41,7 @@ def run_stage(
     stage: spec.Stage,
     network: Network,
     context: Context,
+    work: Work,
     *,
     where: str,
     seed: int,
@@ -50,15 +51,16 @@ def run_stage(
     """Run one stage; `network.module` may be changed in place, the returned network is the one to keep.
 
     Args:
+        work: empty; after an error its edits say how far `network.module` has been changed.
         where: key path of the stage in the recipe, for messages.
         teacher: the frozen baseline, for distillation.
         baseline: what targets such as `0.4x` are fractions of.
 
     Raises:
-        UnsupportedModelError: the stage changed the shape or type of the outputs, or left a parameter not finite.
+        UnsupportedModelError: the stage changed the shape or type of the outputs.
+        TrainingError: training diverged, or left a tensor not finite.
     """
     before = _signature(network.module, context.example)
-    work = Work({}, [], [])
     module = network.module
     match stage:
         case spec.Finetune():
@@ -80,12 +82,7 @@ def run_stage(
         raise UnsupportedModelError(
             f"{where}: outputs were {before} and became {after}; this is a fault of the toolkit, please report it"
         )
-    bad = [
-        name
-        for name, value in module.state_dict().items()
-        if value.is_floating_point() and not bool(value.isfinite().all())
-    ]
-    if bad:
+    if bad := not_finite(module):
         raise TrainingError(
             f"{where}: {len(bad)} tensors are not finite any more, first {bad[0]}; lower the learning rate"
         )
@@ -93,6 +90,15 @@ def run_stage(
         network, module=module, edits=(*network.edits, *work.edits), quantizer=work.quantizer or network.quantizer
     )
     return Outcome(kept, _footprint(kept, context, work), work.details, tuple(work.notes), work.plan)
+
+
+def not_finite(module: nn.Module) -> list[str]:
+    """Names of parameters and buffers that hold NaN or infinity."""
+    return [
+        name
+        for name, value in module.state_dict().items()
+        if value.is_floating_point() and not bool(value.isfinite().all())
+    ]
 
 
 def _signature(module: nn.Module, example: Tensor) -> tuple[tuple[int, ...], str]:

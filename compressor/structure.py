@@ -5,6 +5,7 @@ Invariant: what is done to the network is also appended to `work.edits`, so that
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -250,12 +251,15 @@ def drop_blocks_stage(
             )
         return False
 
+    edit: dict[str, Any] = {"type": "drop_blocks", "modules": []}
+    work.edits.append(edit)
+
     def mend(network: nn.Module, index: int) -> None:
+        edit["modules"] = [name for name in blocks if isinstance(network.get_submodule(name), nn.Identity)]
         _reestimate(network, stage.bn_batches, context, seed)
         recover(network, index)
 
     drops = drop_greedily(module, blocks, done=done, loss=_measured_loss(stage, context, teacher, seed), recover=mend)
-    work.edits.append({"type": "drop_blocks", "modules": [drop.block for drop in drops]})
     work.details["drops"] = [dataclasses.asdict(drop) for drop in drops]
 
 
