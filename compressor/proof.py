@@ -6,6 +6,7 @@ Invariant: everything in the report is measured on the files that are published,
 import dataclasses
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from compressor.metrics import paired_interval, top1, wilson_interval
 from compressor.models.counting import count
 from compressor.parity import check_float, check_int8, violations
 from compressor.recipe import Finetune, Recipe
+from compressor.recipe_loader import recipe_hash
 from compressor.report import Footprint, Report
 from compressor.runtime import DEFAULT, F32, predict
 from compressor.training import evaluate
@@ -123,7 +125,7 @@ def prove(
         benchmark={**speed, "accuracy": accuracy},
         data={"fingerprint": context.data.fingerprint, "labels": list(context.data.labels), **context.data.info},
         weights=weights,
-        recipe=recipe.model_dump(mode="json"),
+        recipe={"hash": recipe_hash(recipe), **recipe.model_dump(mode="json")},
         environment={
             **environment.describe(),
             "torch_threads": torch.get_num_threads(),
@@ -255,6 +257,7 @@ def _retrain_memory(context: Context, recipe: Recipe, records: Sequence[dict[str
     folder = context.run_dir / "stages" / f"{last:02d}-{records[last]['type']}"
     command = [
         sys.executable,
+        "-P",  # what lies in the working folder is not imported
         "-m",
         "compressor.retrain",
         str(context.run_dir),
@@ -262,7 +265,10 @@ def _retrain_memory(context: Context, recipe: Recipe, records: Sequence[dict[str
         str(last),
         str(RETRAIN_STEPS),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # The toolkit may run from a checkout that is not installed, in another working folder.
+    search = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
+    child = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search))}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=child)
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or ["it ended without a message"])[-1]}
     measured: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
