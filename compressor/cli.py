@@ -9,6 +9,7 @@ import errno
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -71,12 +72,15 @@ def fail(args: argparse.Namespace, message: str, code: int) -> int:
 def interrupted_message(args: argparse.Namespace) -> str:
     """How to go on after Ctrl-C; a run's finished stages are kept."""
     run = getattr(args, "run_dir", None)
-    if run is None:
+    if run is None or not run.with_name(run.name + ".partial").is_dir():
         return "interrupted"
-    words = ["python", "compress.py", str(args.recipe), "--out", str(run), "--resume"]
+    words = ["python", sys.argv[0]] if sys.argv[0].endswith(".py") else ["compressor"]
+    words += ["run", str(args.recipe), "--out", str(run), "--resume"]
+    words += ["--force"] if args.force else []
+    words += ["--device", args.device] if args.device != "auto" else []
     for override in args.overrides:
         words += ["--set", override]
-    return "interrupted; finished stages are kept, go on with: " + " ".join(words)
+    return "interrupted; finished stages are kept, go on with: " + shlex.join(words)
 
 
 def with_default_command(arguments: list[str], parser: argparse.ArgumentParser) -> list[str]:
