@@ -12,14 +12,11 @@ the lock file to have another machine check against yours.
 import hashlib
 import json
 import logging
-import queue
 import re
 import shutil
 import tarfile
 import tempfile
-import threading
 import urllib.error
-import urllib.request
 import zipfile
 import zlib
 from collections import defaultdict
@@ -29,13 +26,12 @@ from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from compressor.download import CONNECT_S, open_url
 from compressor.errors import DataError, RecipeError, ResourceError, did_you_mean
 
 log = logging.getLogger(__name__)
 
 CALTECH101_INNER_MD5 = "b224c7392d521a49829488ab0f1120d9"
-CONNECT_S = 9.0  # an offline machine is told within 10 s
-_STALL_S = 60.0
 _MAX_BYTES = 2 * 2**30
 _MAX_IMAGE_BYTES = 64 * 2**20
 _CHUNK = 2**20
@@ -111,30 +107,14 @@ def _download(url: str, path: Path, name: str) -> None:
 
 
 def _connect(url: str, name: str) -> Any:
-    """Open the address, or fail within `CONNECT_S`.
-
-    In a thread, because looking up a host name takes no time limit and can hang for half a minute without a network.
-    """
-    if not url.startswith("https://"):
-        raise ResourceError(f"{url}: only https is used")
-    answers: queue.Queue[Any] = queue.Queue()
-
-    def ask() -> None:
-        request = urllib.request.Request(url, headers={"User-Agent": "compressor"})  # noqa: S310 - https, checked above
-        try:
-            answers.put(urllib.request.urlopen(request, timeout=_STALL_S))  # noqa: S310
-        except Exception as error:  # handed to the caller's thread
-            answers.put(error)
-
-    threading.Thread(target=ask, daemon=True).start()
+    """Open the address, or fail within `CONNECT_S`."""
     try:
-        answer = answers.get(timeout=CONNECT_S)
-    except queue.Empty:
-        raise ResourceError(f"{url}: no answer within {CONNECT_S:.0f} s. {_ways_on(url, name)}") from None
-    if isinstance(answer, Exception):
-        reason = answer.reason if isinstance(answer, urllib.error.URLError) else answer
-        raise ResourceError(f"{url}: cannot be reached ({reason}). {_ways_on(url, name)}") from answer
-    return answer
+        return open_url(url, connect_s=CONNECT_S)
+    except TimeoutError as error:
+        raise ResourceError(f"{url}: {error}. {_ways_on(url, name)}") from error
+    except OSError as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise ResourceError(f"{url}: cannot be reached ({reason}). {_ways_on(url, name)}") from error
 
 
 def _ways_on(url: str, name: str) -> str:

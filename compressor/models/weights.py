@@ -4,27 +4,29 @@ Invariant: a network is asked only when the caller says so; what did not load is
 """
 
 import logging
-import pickle
 import shutil
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
+from typing import Any
+from urllib.error import URLError
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from compressor.artifacts import sha256_of, write_via
+from compressor.download import open_url
 from compressor.environment import weights_dir
 from compressor.errors import RecipeError, ResourceError, did_you_mean
 from compressor.models import HEADS
 
 log = logging.getLogger(__name__)
 
+SUFFIXES = (".safetensors", ".pth", ".pt")
 # ImageNet weights by architecture name: hub id of the original TensorFlow weights in timm's naming.
 HUB_IDS = {"xception": "timm/legacy_xception.tf_in1k"}
-HUB_TIMEOUT_S = 10
 
 
 @dataclass(frozen=True)
@@ -50,19 +52,28 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
         raise ResourceError(f"{path}: no such weights file{near}")
+    if path.suffix not in SUFFIXES:
+        raise ResourceError(f"{path}: '{path.suffix}' is not supported; allowed: {', '.join(SUFFIXES)}")
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        if path.suffix in (".pth", ".pt"):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            content = content.get("state_dict", content) if isinstance(content, dict) else content
-            if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-                raise ResourceError(f"{path}: found {type(content).__name__}, expected a state dict of tensors")
-            return dict(content)
-    except (SafetensorError, RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise ResourceError(f"{path}: not a readable weights file ({str(error).splitlines()[0]})") from error
-    raise ResourceError(f"{path}: '{path.suffix}' is not supported; allowed: .safetensors, .pth, .pt")
+        content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    except Exception as error:  # a damaged pickle makes torch raise nearly anything: KeyError, IndexError, ...
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ResourceError(f"{path}: not a readable weights file ({reason})") from error
+    if not isinstance(content, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()
+    ):
+        raise ResourceError(f"{path}: found {type(content).__name__}, expected a state dict of tensors")
+    return dict(content)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+
+
+def _read_pickle(path: Path) -> Any:
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    return content.get("state_dict", content) if isinstance(content, dict) else content
 
 
 def load_into(
@@ -156,15 +167,18 @@ def fetch_weights(name: str) -> Path:
     url, target = hf_hub_url(HUB_IDS[name], "model.safetensors"), imagenet_path(name)
 
     def download(path: Path) -> None:
-        with urllib.request.urlopen(url, timeout=HUB_TIMEOUT_S) as response, path.open("wb") as file:  # noqa: S310
+        with open_url(url) as response, path.open("wb") as file:
             shutil.copyfileobj(response, file)
-        read_tensors(path)
+        read_tensors(path)  # what a proxy or a login page sends is no weights file
 
     try:
         write_via(target, download)
-    except OSError as error:
+    except (OSError, HTTPException, ResourceError) as error:
+        if isinstance(error.__cause__, OSError):
+            raise  # a full disk or a denied folder, told by `write_via`
+        reason = error.reason if isinstance(error, URLError) else error
         raise ResourceError(
-            f"weights fetch {name}: {url} could not be read ({type(error).__name__}); "
+            f"weights fetch {name}: {url} could not be read ({reason}); "
             f"copy that file by hand to {target}, or give model.weights a path"
         ) from error
     return target
