@@ -11,12 +11,16 @@ import logging
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from compressor.errors import CompressorError, MissingDependencyError, did_you_mean
+from compressor import __version__
+from compressor.errors import CompressorError, MissingDependencyError, RecipeError, did_you_mean
 
-EXIT_CRASH, EXIT_USAGE, EXIT_MISSED, EXIT_RESOURCE, EXIT_INTERRUPTED = 1, 2, 3, 5, 130
+EXIT_CRASH, EXIT_MISSED, EXIT_RESOURCE, EXIT_INTERRUPTED = 1, 3, 5, 130
+SCARCE = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.EROFS)
 EXIT_CODES = (
     "exit codes: 0 ok; 1 crash; 2 recipe or usage; 3 gate or budget missed; 4 data; 5 environment; 130 interrupted"
 )
@@ -26,19 +30,20 @@ log = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors become one message on stderr."""
-    parser = build_parser()
-    arguments = with_default_command(list(sys.argv[1:] if argv is None else argv), parser)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    args = argparse.Namespace(debug="--debug" in arguments, json="--json" in arguments)  # until they are parsed
     try:
-        args = parser.parse_args(arguments)
-    except SystemExit as stop:  # argparse has printed its message
+        args = build_parser().parse_args(with_default_command(arguments))
+        code = int(args.command(args))
+        sys.stdout.flush()
+        return code
+    except SystemExit as stop:  # argparse has printed its help
         return int(stop.code or 0)
-    try:
-        return int(args.command(args))
     except CompressorError as error:
         return fail(args, str(error), error.exit_code)
     except KeyboardInterrupt:
         return fail(args, interrupted_message(args), EXIT_INTERRUPTED)
-    except BrokenPipeError:
+    except BrokenPipeError:  # the reader has what it wanted; Python's own flush at exit must not fail either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ModuleNotFoundError as error:
@@ -47,13 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return fail(args, str(missing), missing.exit_code)
     except (MemoryError, OSError) as error:
-        scarce = isinstance(error, MemoryError) or error.errno in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.ENOMEM,
-            errno.EACCES,
-            errno.EROFS,
-        )
+        scarce = isinstance(error, MemoryError) or error.errno in SCARCE
         return fail(args, f"{type(error).__name__}: {error}", EXIT_RESOURCE if scarce else EXIT_CRASH)
     except Exception as error:
         return fail(args, f"internal error, {type(error).__name__}: {error} (--debug shows where)", EXIT_CRASH)
@@ -61,10 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def fail(args: argparse.Namespace, message: str, code: int) -> int:
     """Print what went wrong, with a traceback only under `--debug`."""
-    if getattr(args, "debug", False) and sys.exc_info()[0] not in (None, KeyboardInterrupt):
-        raise
-    if getattr(args, "json", False):
-        print(json.dumps({"error": message, "exit_code": code}))
+    if args.debug:
+        traceback.print_exc()
+    if args.json:
+        print(json.dumps({"error": message, "exit_code": code}), flush=True)
     print(f"compressor: {message}", file=sys.stderr)
     return code
 
@@ -83,31 +82,40 @@ def interrupted_message(args: argparse.Namespace) -> str:
     return "interrupted; finished stages are kept, go on with: " + shlex.join(words)
 
 
-def with_default_command(arguments: list[str], parser: argparse.ArgumentParser) -> list[str]:
-    """Insert `run` where the first word is a recipe: `compress.py RECIPE` = `compress.py run RECIPE`."""
-    commands = list(COMMANDS)
+def with_default_command(arguments: list[str]) -> list[str]:
+    """Insert `run` where the first word is a recipe: `compress.py RECIPE` = `compress.py run RECIPE`.
+
+    Raises:
+        RecipeError: the first word is neither, and looks like a misspelt command.
+    """
     first = next((a for a in arguments if not a.startswith("-")), None)
-    if (
-        first is None
-        or first in commands
-        or any(a in ("-h", "--help", "--version") for a in arguments[: arguments.index(first)])
-    ):
+    if first is None:
         return arguments
-    if not first.endswith((".yaml", ".yml")) and not Path(first).exists():
-        hint = did_you_mean(first, commands)
-        parser.exit(
-            EXIT_USAGE, f"compressor: '{first}' is neither a command nor a recipe (.yaml){hint}; see --help\n"
-        ) if hint else None
+    at = arguments.index(first)
+    if any(a in ("-h", "--help", "--version") for a in arguments[:at]):
+        return arguments
+    if first in COMMANDS:
+        return [first, *arguments[:at], *arguments[at + 1 :]]  # options may also come before the command
+    if not first.endswith((".yaml", ".yml")) and not Path(first).exists() and (hint := did_you_mean(first, COMMANDS)):
+        raise RecipeError(f"'{first}' is neither a command nor a recipe (.yaml){hint} (--help lists the commands)")
     return ["run", *arguments]
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports wrong usage like every other error, so that `--json` and exit codes hold for it too."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(f"{message} ({self.prog} --help shows the usage)")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="compress.py",
         description="Make a pretrained CNN small and fast: a YAML recipe in, verified ONNX and OpenVINO IR out.",
         epilog=f"'compress.py RECIPE' is short for 'compress.py run RECIPE'. {EXIT_CODES}",
     )
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, (function, add_arguments, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=EXIT_CODES)
@@ -255,8 +263,15 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "target", type=Path, metavar="RUN|IR.xml", help="a run folder (baseline against result) or one IR"
     )
-    parser.add_argument("--calls", type=int, default=100, help="timed calls per model (default 100)")
-    parser.add_argument("--threads", type=int, help="inference threads (default: OpenVINO's choice)")
+    parser.add_argument("--calls", type=at_least_one, default=100, help="timed calls per model (default 100)")
+    parser.add_argument("--threads", type=at_least_one, help="inference threads (default: OpenVINO's choice)")
+
+
+def at_least_one(text: str) -> int:
+    """A positive integer, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found '{text}', allowed an integer >= 1")
+    return int(text)
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -278,17 +293,23 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _weights(args: argparse.Namespace) -> int:
-    from compressor.models.weights import fetch_weights
+    from compressor import console
 
-    path = fetch_weights(args.name)
+    with console.logging_to_stderr(quiet=args.quiet, verbose=args.verbose):
+        from compressor.models.weights import fetch_weights
+
+        path = fetch_weights(args.name)
     print(json.dumps({"path": str(path)}) if args.json else path)
     return 0
 
 
 def _data(args: argparse.Namespace) -> int:
-    from compressor.data.fetch import fetch
+    from compressor import console
 
-    path = fetch(args.name, args.dest)
+    with console.logging_to_stderr(quiet=args.quiet, verbose=args.verbose):
+        from compressor.data.fetch import fetch
+
+        path = fetch(args.name, args.dest)
     print(json.dumps({"path": str(path)}) if args.json else path)
     return 0
 

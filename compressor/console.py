@@ -51,32 +51,40 @@ def logging_to_stderr(*, quiet: bool, verbose: bool) -> Iterator[None]:
     logger = logging.getLogger("compressor")
     console = Console(stderr=True)
     live = console.is_terminal and not quiet
+    before = logger.level, logger.propagate
     logger.setLevel(logging.DEBUG if live or verbose else level)
     logger.propagate = False
-    if live:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console, transient=True) as progress:
-            handler: logging.Handler = LiveHandler(progress, level)
+    try:
+        with _live(console, level) if live else _plain(logging.DEBUG if verbose else level) as handler:
             logger.addHandler(handler)
             try:
                 yield
             finally:
                 logger.removeHandler(handler)
-        return
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setLevel(logging.DEBUG if verbose else level)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    logger.addHandler(handler)
-    try:
-        yield
     finally:
-        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+
+
+@contextmanager
+def _live(console: Console, level: int) -> Iterator[logging.Handler]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield LiveHandler(progress, level)
+
+
+@contextmanager
+def _plain(level: int) -> Iterator[logging.Handler]:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(level)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    yield handler
 
 
 ROWS = (

@@ -1,6 +1,7 @@
 """What a recipe would do to the network, without data or training: `compress.py plan`.
 
-Invariant: writes nothing. Structure is exact; which channels and blocks go is decided later, on trained weights.
+Invariant: writes nothing. Which channels and blocks go is decided later, on trained weights: counts are exact for the
+stages whose widths do not depend on them, and meet the same targets for the others.
 """
 
 from collections.abc import Sequence
@@ -87,7 +88,11 @@ def _simulate(
             dropped = 0
             while dropped != stage.count and (goal is None or count(module, example).macs > goal):
                 if dropped == len(blocks) - stage.min_blocks:
-                    raise RecipeError(f"{where}.target: {dropped} blocks can be dropped, which is not enough")
+                    reached = count(module, example).macs
+                    raise RecipeError(
+                        f"{where}.target: {dropped} blocks can be dropped, which leaves {reached:,} MACs "
+                        f"({reached / (baseline.macs or reached):.3f}x of the baseline); ask for no less than that"
+                    )
                 drop_blocks(module, [blocks[dropped]])
                 dropped += 1
             return f"drop_blocks: {dropped} of {len(blocks)}", {}

@@ -4,7 +4,8 @@ Invariant: what is done to the network is also appended to `work.edits`, so that
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,15 @@ def _loss_batches(context: Context, count_batches: int, size: int, seed: int) ->
     ]
 
 
+@contextmanager
+def _located(where: str) -> Iterator[None]:
+    """Say which stage a decision failed in; the algorithms that decide do not know recipes."""
+    try:
+        yield
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from error
+
+
 def choose_channels(
     module: nn.Module,
     example: Tensor,
@@ -68,18 +78,20 @@ def choose_channels(
     ignored = resolve_scope(module, stage.ignored_scope, where=f"{where}.ignored_scope")
     groups = find_groups(module, example, ignored=ignored)
     kind = stage.importance if batches is not None else "magnitude"
-    return decide_plan(
-        module,
-        example,
-        groups=groups,
-        scores=score_groups(module, groups, kind=kind, loss_batches=batches, seed=seed),
-        ranking=stage.ranking,
-        pruning_ratio=ratio,
-        target_macs=macs,
-        target_params=params,
-        round_to=stage.round_to,
-        min_channels=stage.min_channels,
-    )
+    scores = score_groups(module, groups, kind=kind, loss_batches=batches, seed=seed)
+    with _located(where):
+        return decide_plan(
+            module,
+            example,
+            groups=groups,
+            scores=scores,
+            ranking=stage.ranking,
+            pruning_ratio=ratio,
+            target_macs=macs,
+            target_params=params,
+            round_to=stage.round_to,
+            min_channels=stage.min_channels,
+        )
 
 
 def prune_stage(
@@ -143,16 +155,18 @@ def choose_widths(
     """Decide which channels stay at the stage's widths: those of largest magnitude."""
     ignored = resolve_scope(module, stage.ignored_scope, where=f"{where}.ignored_scope")
     groups = find_groups(module, example, ignored=ignored)
-    return width_plan(
-        module,
-        example,
-        groups=groups,
-        scores=score_groups(module, groups, kind="magnitude", loss_batches=None, seed=seed),
-        width=stage.width,
-        overrides=stage.widths,
-        round_to=stage.round_to,
-        min_channels=stage.min_channels,
-    )
+    scores = score_groups(module, groups, kind="magnitude", loss_batches=None, seed=seed)
+    with _located(where):
+        return width_plan(
+            module,
+            example,
+            groups=groups,
+            scores=scores,
+            width=stage.width,
+            overrides=stage.widths,
+            round_to=stage.round_to,
+            min_channels=stage.min_channels,
+        )
 
 
 def reduce_channels_stage(
