@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 Field = NDArray[np.float32]
 
-SPAN = 64.0  # width of a crop in layout units: at 64 px one unit is one pixel
+SPAN = 48.0  # width of a crop in layout units: at 48 px one unit is one pixel
 _HALF = SPAN / 2
 _DIAGONAL = 0.7071067811865476
 _FAR = np.float32(40.0)

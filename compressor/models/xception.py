@@ -97,13 +97,22 @@ class Xception(nn.Module):
 
 
 def initialise(model: nn.Module) -> None:
-    """He initialisation (arXiv 1502.01852) of convolutions, fan-out mode; BatchNorm scales 1, shifts 0."""
+    """He initialisation (arXiv 1502.01852) of convolutions, fan-out mode; BatchNorm scales 1, shifts 0.
+
+    Blocks with an identity skip start as the identity: the scale of their last BatchNorm is 0 (arXiv 1706.02677), which
+    lets the eight middle blocks learn from the first step when trained from scratch.
+    """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         elif isinstance(module, nn.BatchNorm2d):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
+    for module in model.modules():
+        if isinstance(module, Block) and module.skip is None:
+            last = module.rep[-1]
+            assert isinstance(last, nn.BatchNorm2d)
+            nn.init.zeros_(last.weight)
 
 
 def xception(num_classes: int = 1000) -> nn.Module:
