@@ -48,6 +48,8 @@ def open_partial(run: Path, recipe: Recipe, *, resume: bool, force: bool) -> Ite
 
 def partial_of(run: Path) -> Path:
     """Where a run works until it is complete."""
+    if run.name in ("", ".."):
+        raise RecipeError(f"--out {run}: name a folder to create, like runs/mine")
     return run.with_name(run.name + ".partial")
 
 

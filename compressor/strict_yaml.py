@@ -187,7 +187,7 @@ class _Parser:
 
     def _document(self) -> object:
         value: object = None
-        documents = 0
+        documents, empty = 0, True
         for event in self.events:
             if isinstance(event, DocumentStartEvent):
                 documents += 1
@@ -195,8 +195,10 @@ class _Parser:
                     self._stop(event, (), "holds a second document (`---`); one recipe per file")
                 if event.version not in (None, (1, 2)) or event.tags:
                     self._note(event, (), "holds a %TAG or %YAML 1.1 directive; remove it")
-                value = self._node(next(self.events), (), 1)
-            elif isinstance(event, StreamEndEvent) and value is None and not self.faults:
+                content = next(self.events)
+                empty = isinstance(content, ScalarEvent) and not content.value and content.style is None
+                value = self._node(content, (), 1)
+            elif isinstance(event, StreamEndEvent) and empty and not self.faults:
                 self._stop(event, (), "is empty", line=1)
             elif not isinstance(event, StreamStartEvent):
                 continue

@@ -255,13 +255,14 @@ def test_overrides_set_keys_items_and_whole_sections(base: Path) -> None:
             "input.size=96",
             "model.weights=none",
             "stages[2].patience=",
+            "stages[0].patience=null",
         ],
     )
     first, prune, second, _ = loaded.recipe.stages
     assert isinstance(first, spec.Finetune)
     assert isinstance(prune, spec.Prune)
     assert isinstance(second, spec.Finetune)
-    assert (first.epochs, first.augment.vertical_flip) == (5, True)
+    assert (first.epochs, first.augment.vertical_flip, first.patience) == (5, True, None)
     assert prune.ignored_scope == ("fc", "block1.*")
     assert second.distill is not None
     assert (second.distill.weight, second.distill.temperature, second.patience) == (0.9, 2.0, None)
