@@ -47,8 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ModuleNotFoundError as error:
+        package = (error.name or str(error)).partition(".")[0]
         missing = MissingDependencyError(
-            f"the package '{error.name}' is not installed; pip install compressor brings all that runs need"
+            f"the package '{package}' is not installed; pip install compressor brings all that runs need"
         )
         return fail(args, str(missing), missing.exit_code)
     except (MemoryError, OSError) as error:
