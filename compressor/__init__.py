@@ -7,6 +7,7 @@ Invariant: `import compressor` loads nothing heavy; the two public names are imp
 """
 
 import importlib
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 # OpenVINO and NNCF send usage data and write an id into the home folder unless this module is missing (openvino 2026.4,
 # nncf 3.4). `None` makes its import fail, which both handle. It must happen before either is imported.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+# onnxruntime uploads usage data with an id and a database in the home folder unless told not to (onnxruntime 1.32).
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 __all__ = ["Report", "__version__", "compress"]
