@@ -197,9 +197,10 @@ def choose_kernels(module: nn.Module, stage: spec.ReplaceKernels, *, where: str)
     """
     ignored = resolve_scope(module, stage.ignored_scope, where=f"{where}.ignored_scope")
     resolve_scope(module, stage.scope, where=f"{where}.scope")
-    names = [name for name in find_kernels(module, stage.scope) if name not in ignored]
+    with _located(where):
+        names = [name for name in find_kernels(module, stage.scope) if name not in ignored]
     if not names:
-        raise RecipeError(f"{where}.scope: no k x k convolution that could become 1x1 in {list(stage.scope)}")
+        raise RecipeError(f"{where}.ignored_scope: leaves no convolution of {list(stage.scope)} to replace")
     return names
 
 
