@@ -41,10 +41,12 @@ def test_library_caches_go_there_unless_the_user_says_otherwise(
 ) -> None:
     monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path))
     monkeypatch.setenv("NNCF_EXTENSION_LOAD_TIMEOUT", "5")
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "x")
-    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    unset = {"TORCH_EXTENSIONS_DIR": "torch_extensions", "TORCHINDUCTOR_CACHE_DIR": "torch_inductor"}
+    for name in unset:
+        monkeypatch.setenv(name, "x")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
     environment.prepare_process()
-    assert os.environ["TORCH_EXTENSIONS_DIR"] == str(tmp_path / "torch_extensions")
+    assert {name: os.environ[name] for name in unset} == {k: str(tmp_path / v) for k, v in unset.items()}
     assert os.environ["NNCF_EXTENSION_LOAD_TIMEOUT"] == "5"
 
 

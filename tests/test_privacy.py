@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from watched_process import Watched, run_watched
 
+REPOSITORY = Path(__file__).resolve().parent.parent
+
 
 @pytest.fixture
 def places(tmp_path: Path) -> dict[str, str]:
@@ -20,7 +22,7 @@ def watch(code: str, places: dict[str, str]) -> Watched:
 
 
 SIN = """
-import os, socket, subprocess, sys, tempfile, urllib.request
+import os, socket, subprocess, sys, tempfile
 here, there = os.environ["TMPDIR"], os.environ["HOME"]
 open(os.path.join(here, "a"), "w").close()
 open(os.devnull, "w").close()
@@ -44,3 +46,55 @@ def test_the_watch_itself_sees_files_sockets_and_children(places: dict[str, str]
     assert set(seen.writes) == {str(home / name) for name in ("plain", "low", "folder", "moved", "child")}
     assert any("127.0.0.1" in text for text in seen.sockets)
     assert any("telemetry.invalid" in text for text in seen.sockets)
+
+
+JOB = """
+import os, sys
+from pathlib import Path
+import compressor
+sys.path.insert(0, sys.argv[1])
+out = Path(sys.argv[2])
+from compressor import environment
+environment.prepare_process()
+import nncf, openvino
+from separable_network import LABELS, SPEC, SeparableNetwork, normalised, pictures
+from compressor.benchmark import bench_target
+from compressor.export import publish_float, publish_int8
+from compressor.quantization import fold_batchnorm, quantize
+network = SeparableNetwork().eval()
+images = normalised(pictures(8))
+publish_float(network, SPEC, LABELS, out / "float")
+fold_batchnorm(network, images[:1])
+quantized, _ = quantize(network, [images])
+published = publish_int8(quantized, SPEC, LABELS, out / "int8")
+import onnxruntime
+onnxruntime.InferenceSession(published.onnx).run(None, {"image": images.numpy()[:1]})
+bench_target(published.xml, calls=2, seconds=0.05)
+from compressor.cli import main
+recipe = "recipes/xception_slim.yaml"
+assert main(["validate", recipe, "-q"]) == 0
+assert main(["plan", recipe, "-q", "--set", "input.size=48"]) == 0
+assert main(["eval", str(published.xml), str(out / "absent")]) == 4
+"""
+
+
+def test_compressing_exporting_and_measuring_stay_on_the_machine(places: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    allowed = [out, *(Path(places[key]) for key in ("TMPDIR", "COMPRESSOR_CACHE"))]
+    seen = run_watched(["-c", JOB, str(REPOSITORY / "tests"), str(out)], allowed, places, cwd=REPOSITORY)
+    assert seen.returncode == 0, seen.stderr
+    assert seen.sockets == ()
+    assert seen.writes == ()
+    assert {path.name for path in out.iterdir()} == {
+        f"{name}.{suffix}" for name in ("float", "int8") for suffix in ("onnx", "xml", "bin")
+    }
+    assert list(Path(places["HOME"]).rglob("*")) == []  # no telemetry id, which OpenVINO's native code may write too
+    assert list(Path(places["TMPDIR"]).rglob("*")) == []
+
+
+def test_telemetry_is_off_once_the_package_is_imported(places: dict[str, str]) -> None:
+    code = "import compressor, sys; assert sys.modules['openvino_telemetry'] is None; import openvino, nncf"
+    seen = watch(code, places)
+    assert (seen.returncode, seen.sockets, seen.writes) == (0, (), ()), seen.stderr
+    assert list(Path(places["HOME"]).rglob("*")) == []
