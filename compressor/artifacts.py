@@ -15,6 +15,7 @@ from pathlib import Path
 from compressor.errors import DataError, ResourceError
 
 MANIFEST = "manifest.json"
+MANIFEST_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,11 @@ def _write_bytes(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Write JSON atomically: indented, keys in the order given, NaN refused."""
-    atomic_write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    atomic_write(path, _json_text(value))
+
+
+def _json_text(value: object) -> str:
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
 def write_manifest(folder: Path) -> None:
@@ -84,7 +89,7 @@ def write_manifest(folder: Path) -> None:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.relative_to(folder).as_posix() != MANIFEST
     }
-    write_json(folder / MANIFEST, {"version": 1, "files": files})
+    write_json(folder / MANIFEST, {"version": MANIFEST_VERSION, "files": files})
 
 
 def verify_manifest(folder: Path) -> list[str]:
@@ -95,8 +100,14 @@ def verify_manifest(folder: Path) -> list[str]:
     """
     path = folder / MANIFEST
     try:
-        listed = json.loads(path.read_text())["files"]
+        content = path.read_text()
+        manifest = json.loads(content)
+        listed = manifest["files"]
         expected = {name: (str(entry["sha256"]), int(entry["size_bytes"])) for name, entry in listed.items()}
+        if manifest["version"] != MANIFEST_VERSION:
+            raise ValueError(f"version {manifest['version']!r}, this toolkit reads version {MANIFEST_VERSION}")
+        if content != _json_text(manifest):  # a changed blank is a change too
+            raise ValueError("not in the form it was written in")
     except FileNotFoundError:
         raise DataError(f"{path}: no manifest; give the folder of a finished run (RUN.partial is unfinished)") from None
     except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:

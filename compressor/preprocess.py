@@ -108,6 +108,9 @@ def make_resizer(spec: InputSpec) -> Resizer:
         result: NDArray[np.uint8] = local.request.get_output_tensor(0).data[0].copy()
         return result
 
+    # The bindings fill tables at their first use; two threads that come first at once wait for each other for ever, one
+    # with Python's lock and one with the table's (openvino 2026.4, one process in sixty). So the caller comes first.
+    resize(np.zeros((spec.height, spec.width, 3), np.uint8))
     return resize
 
 

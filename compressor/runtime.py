@@ -80,6 +80,8 @@ def predict(xml: Path, images: Iterable[NDArray[np.uint8]], config: Mapping[str,
     def store(request: Any, index: int) -> None:
         rows[index] = request.get_output_tensor(0).data.reshape(-1).astype(np.float32)  # a copy: the tensor is reused
 
+    # The bindings' tables must be filled before two callbacks can meet there and lock up: see `make_resizer`.
+    _ = ov.Tensor(np.zeros(1, np.float32)).data
     queue = ov.AsyncInferQueue(compiled)
     queue.set_callback(store)
     for index, image in enumerate(images):
