@@ -1,4 +1,4 @@
-"""Shared fixtures: an own cache folder for every test session, and the real data for tests marked `slow`."""
+"""Shared fixtures: an own cache folder for every test session, the stand-in network, real data for `slow` tests."""
 
 import os
 from collections.abc import Iterator
@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_networks import make_images, tiny
+
+from compressor import models, proof
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -26,6 +29,20 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("images") / "colours")
+
+
+@pytest.fixture(scope="module")
+def tiny_network() -> Iterator[None]:
+    """Whole runs in seconds: a stand-in under Xception's name, and no child process to measure retraining."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.BUILTIN, "xception", tiny)
+        patch.setattr(proof, "_retrain_memory", lambda *_: {"error": "the stand-in network has no retraining process"})
+        yield
 
 
 @pytest.fixture(scope="session")
