@@ -55,6 +55,8 @@ def _install():
 _install()
 """
 _REPOSITORY = str(Path(__file__).resolve().parent.parent)  # for `import compressor` from any folder
+# Folders that a desktop, or `prepare_process` in an earlier test, has named: the command is to find its own.
+_PLACES = ("XDG_", "TORCH_EXTENSIONS_DIR", "TORCHINDUCTOR_CACHE_DIR")
 _NOWHERE = (Path("/dev/null"), Path("/dev/tty"))
 
 
@@ -86,7 +88,7 @@ def run_watched(
         cwd: Working folder, default this process's.
         timeout: Seconds after which the command is killed and the test fails.
     """
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("XDG_")}
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(_PLACES)}
     with tempfile.TemporaryDirectory() as folder:
         hook, log = Path(folder) / "sitecustomize.py", Path(folder) / "log"
         hook.write_text(_HOOK)
