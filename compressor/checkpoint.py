@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from compressor.artifacts import atomic_write, write_json
 from compressor.errors import DataError, did_you_mean
+from compressor.folding import apply_fold
 from compressor.models import build
 from compressor.pruning.apply import apply_plan
 from compressor.pruning.blocks import drop_blocks
@@ -164,7 +165,6 @@ def _names(edit: Mapping[str, Any], where: str) -> list[str]:
 
 
 def _fold(module: nn.Module, edit: Mapping[str, Any], where: str) -> None:
-    from compressor.quantization import apply_fold
 
     pairs = edit.get("pairs")
     if not isinstance(pairs, list) or not all(

@@ -1,4 +1,4 @@
-"""INT8 quantisation with NNCF: BatchNorm folding, calibration, the quantiser configuration as JSON and back.
+"""INT8 quantisation with NNCF: calibration, the quantiser configuration as JSON and back.
 
 Invariant: what `quantize` returns is an ordinary trainable module (QAT is training it), and `load_quantized` with its
 configuration and state dict gives a module with equal outputs, without pickle.
@@ -9,16 +9,12 @@ import copy
 import io
 import json
 import logging
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from fnmatch import fnmatchcase
 from types import ModuleType
 from typing import Any, Literal, cast
 
-import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from compressor.environment import INT8_FEATURES, cpu_flags, prepare_process
 from compressor.errors import RecipeError, UnsupportedModelError, did_you_mean
@@ -26,144 +22,6 @@ from compressor.fake_quantize import install_kernels
 
 Preset = Literal["mixed", "performance"]
 OverflowFix = Literal["auto", "enable", "disable", "first_layer_only"]
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
-
-class _UseCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts how many operations read each tensor; modules' hooks alone would miss functional reads such as `x + y`."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.uses: dict[int, int] = {}
-        self._alive: list[object] = []  # identities stay unique only while the tensors live
-
-    def count(self, values: object) -> None:
-        for leaf in tree_leaves(values):
-            if isinstance(leaf, Tensor):
-                self.uses[id(leaf)] = self.uses.get(id(leaf), 0) + 1
-                self._alive.append(leaf)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Collection[type], args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
-    ) -> object:
-        self.count((args, kwargs))
-        return func(*args, **(kwargs or {}))
-
-
-def fold_batchnorm(module: nn.Module, example: Tensor) -> list[tuple[str, str]]:
-    """Fold every BatchNorm that alone reads one convolution's output into that convolution, in place.
-
-    The pairs are found in the data flow of one evaluation pass, so names and registration order do not matter. Products
-    are formed in float64 and stored in the convolution's own type. Pairs that cannot be folded (shared or parametrised
-    weights, no running statistics, a convolution whose output something else reads too) are left as they are.
-
-    Args:
-        module: Any convolutional network.
-        example: Valid input, (N, C, H, W).
-
-    Returns:
-        Names `(convolution, norm)` in the order of execution, for `apply_fold` to repeat the structural part.
-    """
-    pairs = _find_pairs(module, example)
-    folded: dict[str, tuple[Tensor, Tensor]] = {}
-    with torch.no_grad():
-        for conv_name, norm_name in pairs:
-            conv, norm = module.get_submodule(conv_name), module.get_submodule(norm_name)
-            assert isinstance(conv, _CONVOLUTIONS)
-            assert isinstance(norm, _NORMS)
-            assert norm.running_mean is not None
-            assert norm.running_var is not None
-            factor = (norm.running_var.double() + norm.eps).rsqrt()
-            if norm.weight is not None:
-                factor = factor * norm.weight.double()
-            shift = (
-                -norm.running_mean.double() if conv.bias is None else conv.bias.double() - norm.running_mean.double()
-            )
-            bias = shift * factor if norm.bias is None else shift * factor + norm.bias.double()
-            weight = conv.weight.double() * factor.reshape(-1, *[1] * (conv.weight.dim() - 1))
-            folded[conv_name] = weight, bias
-        apply_fold(module, pairs)
-        for conv_name, (weight, bias) in folded.items():
-            conv = module.get_submodule(conv_name)
-            assert isinstance(conv, _CONVOLUTIONS)
-            assert conv.bias is not None
-            conv.weight.copy_(weight)
-            conv.bias.copy_(bias)
-    return pairs
-
-
-def apply_fold(module: nn.Module, pairs: Iterable[tuple[str, str]]) -> None:
-    """Give each convolution a (zero) bias and replace its norm by an identity, in place, so that a state dict loads.
-
-    Raises:
-        UnsupportedModelError: A name is not a convolution or a norm of this module.
-    """
-    for conv_name, norm_name in pairs:
-        conv = _submodule(module, conv_name, _CONVOLUTIONS, "convolution")
-        _submodule(module, norm_name, _NORMS, "BatchNorm")
-        if conv.bias is None:
-            weight = cast(Tensor, conv.weight)
-            conv.bias = nn.Parameter(torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device))
-        parent, _, leaf = norm_name.rpartition(".")
-        setattr(module.get_submodule(parent), leaf, nn.Identity())
-
-
-def _submodule(module: nn.Module, name: str, kinds: tuple[type[nn.Module], ...], noun: str) -> nn.Module:
-    named = dict(module.named_modules())
-    if not isinstance(named.get(name), kinds):
-        found = type(named[name]).__name__ if name in named else "nothing"
-        near = did_you_mean(name, [key for key, value in named.items() if isinstance(value, kinds)])
-        raise UnsupportedModelError(f"fold_bn: '{name}' is {found}, not a {noun}{near}")
-    return cast(nn.Module, named[name])
-
-
-def _find_pairs(module: nn.Module, example: Tensor) -> list[tuple[str, str]]:
-    calls: dict[str, int] = {}
-    produced: dict[int, str] = {}
-    read_by: list[tuple[str, int]] = []
-    handles = []
-
-    def after_conv(name: str, output: Tensor) -> None:
-        calls[name] = calls.get(name, 0) + 1
-        produced[id(output)] = name
-
-    def before_norm(name: str, value: Tensor) -> None:
-        calls[name] = calls.get(name, 0) + 1
-        read_by.append((name, id(value)))
-
-    for name, child in module.named_modules():
-        if _is_foldable_conv(child):
-            handles.append(child.register_forward_hook(lambda _m, _i, out, name=name: after_conv(name, out)))
-        elif isinstance(child, _NORMS) and child.running_mean is not None:
-            handles.append(child.register_forward_pre_hook(lambda _m, args, name=name: before_norm(name, args[0])))
-    modes = [(child, child.training) for child in module.modules()]
-    try:
-        module.eval()
-        with torch.no_grad(), _UseCounter() as counter:
-            counter.count(module(example))
-    finally:
-        for handle in handles:
-            handle.remove()
-        for child, training in modes:
-            child.training = training
-    owners: dict[int, int] = {}
-    for child in module.modules():
-        for parameter in child.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    pairs = []
-    for norm_name, tensor in read_by:
-        conv_name = produced.get(tensor)
-        if conv_name is None or counter.uses.get(tensor) != 1 or calls[conv_name] != 1 or calls[norm_name] != 1:
-            continue
-        if all(owners[id(parameter)] == 1 for parameter in module.get_submodule(conv_name).parameters()):
-            pairs.append((conv_name, norm_name))
-    return pairs
-
-
-def _is_foldable_conv(child: nn.Module) -> bool:
-    return isinstance(child, _CONVOLUTIONS) and not parametrize.is_parametrized(child)
 
 
 class _Wrapped(nn.Module):

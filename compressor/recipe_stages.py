@@ -299,6 +299,11 @@ class Quantize(BaseModel):
         default=300, ge=1, le=1_000_000, description="Class-balanced training images that set the ranges."
     )
     ignored_scope: Globs = _ignored_scope()
+    equalize: bool = Field(
+        default=True,
+        description="First balance channels between depthwise and pointwise convolutions (arXiv 1906.04721); the float "
+        "function stays, INT8 gets finer.",
+    )
     per_channel_activations: bool = Field(
         default=False,
         description="One range per channel for depthwise inputs: more accurate, but ONNX Runtime refuses it.",

@@ -17,13 +17,16 @@ from compressor.context import Context, Work, train
 from compressor.data import calibration_indices
 from compressor.data.batches import to_input
 from compressor.errors import TrainingError, UnsupportedModelError
+from compressor.folding import equalize_depthwise, fold_batchnorm
 from compressor.memory import measure_memory
 from compressor.models.counting import count
 from compressor.pruning.groups import resolve_scope
-from compressor.quantization import fold_batchnorm, quantize
+from compressor.quantization import quantize
 from compressor.report import Footprint
 from compressor.structure import drop_blocks_stage, prune_stage, reduce_channels_stage, replace_kernels_stage
 from compressor.training import evaluate
+
+EQUALIZE_IMAGES = 64  # ranges of channels need fewer images than the quantizers' own
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,7 @@ def _quantize(
     train = context.data.train
     chosen = calibration_indices(train, stage.subset_size, seed)
     calibration: Sequence[Tensor] = [to_input(train.images[i : i + 1], context.data.spec, "cpu") for i in chosen]
+    equalized = equalize_depthwise(module, calibration[:EQUALIZE_IMAGES]) if stage.equalize else []
     quantized, work.quantizer = quantize(
         module,
         calibration,
@@ -151,5 +155,5 @@ def _quantize(
         per_channel_activations=stage.per_channel_activations,
         overflow_fix=stage.overflow_fix,
     )
-    work.details = {"folded": len(pairs), "calibration_images": len(chosen)}
+    work.details = {"folded": len(pairs), "equalized": len(equalized), "calibration_images": len(chosen)}
     return quantized

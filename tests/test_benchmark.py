@@ -21,7 +21,8 @@ from compressor.benchmark import (
 from compressor.environment import INT8_FEATURES, cpu_flags
 from compressor.errors import DataError
 from compressor.export import Published, publish_float, publish_int8
-from compressor.quantization import fold_batchnorm, quantize
+from compressor.folding import fold_batchnorm
+from compressor.quantization import quantize
 from compressor.runtime import F32
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from compressor.checkpoint import Network, load_network, save_network
 from compressor.errors import CompressorError, DataError, UnsupportedModelError
+from compressor.folding import fold_batchnorm
 from compressor.models import build
 from compressor.pruning.apply import apply_plan
 from compressor.pruning.blocks import drop_blocks
@@ -21,7 +22,7 @@ from compressor.pruning.groups import find_groups
 from compressor.pruning.importance import score_groups
 from compressor.pruning.kernels import find_kernels, replace_kernels
 from compressor.pruning.plan import width_plan
-from compressor.quantization import fold_batchnorm, quantize
+from compressor.quantization import quantize
 
 SIZE = (3, 40, 40)
 ARCHITECTURE = {"source": "builtin", "name": "xception", "args": {}, "num_classes": 4}

@@ -26,9 +26,10 @@ from compressor.export import (
     save_ir,
     trace_int8,
 )
+from compressor.folding import fold_batchnorm
 from compressor.parity import ir_logits, onnx_logits, torch_logits
 from compressor.preprocess import InputSpec
-from compressor.quantization import fold_batchnorm, quantize
+from compressor.quantization import quantize
 from compressor.runtime import F32
 
 

@@ -11,8 +11,9 @@ from separable_network import LABELS, SPEC, normalised, pictures, trained
 from torch import nn
 
 from compressor.export import Published, publish_float, publish_int8
+from compressor.folding import fold_batchnorm
 from compressor.parity import Parity, check_float, check_int8, compare, torch_logits, violations
-from compressor.quantization import fold_batchnorm, quantize
+from compressor.quantization import quantize
 
 
 @pytest.fixture(scope="module")

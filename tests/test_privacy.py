@@ -60,7 +60,8 @@ import nncf, openvino
 from separable_network import LABELS, SPEC, SeparableNetwork, normalised, pictures
 from compressor.benchmark import bench_target
 from compressor.export import publish_float, publish_int8
-from compressor.quantization import fold_batchnorm, quantize
+from compressor.folding import fold_batchnorm
+from compressor.quantization import quantize
 network = SeparableNetwork().eval()
 images = normalised(pictures(8))
 publish_float(network, SPEC, LABELS, out / "float")

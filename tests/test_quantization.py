@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from compressor import quantization
 from compressor.errors import RecipeError, UnsupportedModelError
 from compressor.fake_quantize import NativeKernels
+from compressor.folding import apply_fold, equalize_depthwise, fold_batchnorm
 from compressor.models.xception import Xception
-from compressor.quantization import apply_fold, fold_batchnorm, load_quantized, quantize, resolve_overflow_fix
+from compressor.quantization import load_quantized, quantize, resolve_overflow_fix
 
 
 def batches(n: int = 2) -> list[Tensor]:
@@ -221,3 +222,43 @@ def test_kernels_equal_nncf_reference(low: Tensor, span: Tensor, level_low: int,
     wanted = reference.backward(grad.numpy().copy(), *(a.copy() for a in arrays), levels, level_low, level_high)
     for got, want in zip(grads, wanted, strict=True):
         torch.testing.assert_close(got, torch.as_tensor(want).reshape(got.shape), rtol=1e-3, atol=2e-2)
+
+
+def test_equalising_changes_nothing_in_float_and_narrows_the_spread() -> None:
+    network = SeparableNetwork().double()
+    x = batches(2)
+    x = [batch.double() for batch in x]
+    with torch.no_grad():
+        for child in network.modules():
+            if isinstance(child, torch.nn.Conv2d) and child.groups > 1:
+                child.weight.mul_(torch.logspace(-2, 1, child.out_channels, dtype=torch.float64)[:, None, None, None])
+    network.eval()
+    before = [network(batch) for batch in x]
+    spread_before = _spreads(network, x)
+    pairs = equalize_depthwise(network, x)
+    assert pairs
+    for batch, expected in zip(x, before, strict=True):
+        assert torch.allclose(network(batch), expected, rtol=1e-9, atol=1e-9)
+    after = _spreads(network, x)
+    for first, _ in pairs:
+        assert after[first] < 0.5 * spread_before[first]
+
+
+def _spreads(network: torch.nn.Module, x: list[torch.Tensor]) -> dict[str, float]:
+    """Largest over smallest channel range of every depthwise convolution's output."""
+    found: dict[str, float] = {}
+
+    def observe(name: str, out: torch.Tensor) -> None:
+        ranges = out.abs().amax((0, 2, 3))
+        found[name] = float(ranges.max() / ranges.min())
+
+    handles = [
+        child.register_forward_hook(lambda _m, _i, out, name=name: observe(name, out))
+        for name, child in network.named_modules()
+        if isinstance(child, torch.nn.Conv2d) and child.groups > 1
+    ]
+    with torch.no_grad():
+        network(torch.cat(x))
+    for handle in handles:
+        handle.remove()
+    return found

@@ -18,7 +18,7 @@ from compressor.errors import DataError
 CLASSES: tuple[str, ...] = ("ok", "open", "short", "mousebite", "spur", "copper", "pinhole")
 MIN_SIZE = 48  # below this the thinnest defects are under two pixels
 
-_MARGIN = 9.0  # a defect starts at least this far from the border, in layout units
+_MARGIN = 12.0  # a defect starts at least this far from the border, in layout units
 _SAFETY = 1.2  # the laws must also hold with every copper edge moved by this much, in layout units
 _SMALLEST_PIECE = 60.0  # of a net, in square units: less would look like spurious copper
 _ROUND = 64  # candidates drawn before their topology is measured together

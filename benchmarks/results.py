@@ -1,0 +1,103 @@
+"""Keep the figures of finished runs in the repository and write the README's table from them.
+
+    python benchmarks/results.py record RUN NAME    store RUN's report as benchmarks/results/NAME.json, one ledger line
+    python benchmarks/results.py table              rewrite the table in README.md
+
+Invariant: every figure in the table is copied from a run's `report.json`; nothing is typed by hand.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from compressor.report import Footprint, read_report
+
+HERE = Path(__file__).resolve().parent
+README = HERE.parent / "README.md"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+KEPT = (
+    "verdict",
+    "baseline",
+    "result",
+    "parity",
+    "audit",
+    "benchmark",
+    "data",
+    "weights",
+    "recipe",
+    "environment",
+    "timing",
+    "notes",
+)
+
+
+def record(run: Path, name: str) -> None:
+    """Store a report without its learning curves, and note that the test split was looked at."""
+    report = read_report(run / "report.json")
+    data = report.to_json()
+    kept: dict[str, Any] = {key: data[key] for key in KEPT if key in data}
+    kept["stages"] = [{"type": s["type"], "seconds": s["seconds"], "footprint": s["footprint"]} for s in data["stages"]]
+    (HERE / "results").mkdir(exist_ok=True)
+    (HERE / "results" / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
+    ledger = HERE / "test_ledger.json"
+    lines = json.loads(ledger.read_text()) if ledger.is_file() else []
+    lines.append(
+        {
+            "name": name,
+            "recipe": report.recipe,
+            "status": report.verdict["status"],
+            "baseline_accuracy": report.baseline.accuracy,
+            "result_accuracy": report.result.accuracy,
+            "test_images": report.benchmark["accuracy"]["test_images"],
+        }
+    )
+    ledger.write_text(json.dumps(lines, indent=1) + "\n")
+
+
+def table() -> None:
+    """Rewrite the README's table from `benchmarks/results/*.json`."""
+    rows = [
+        "| run | test accuracy | latency, ms | MACs, M | IR size, MB | training peak, MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for path in sorted((HERE / "results").glob("*.json")):
+        data = json.loads(path.read_text())
+        before, after = (Footprint.from_json(data[key]) for key in ("baseline", "result"))
+        cells = [
+            _pair(before.accuracy, after.accuracy, "{:.3f}"),
+            _pair(before.latency_ms, after.latency_ms, "{:.2f}"),
+            _pair(before.macs, after.macs, "{:.0f}", 1e-6),
+            _pair(before.size_bytes, after.size_bytes, "{:.1f}", 1e-6),
+            _pair(before.train_peak_memory_bytes, after.retrain_peak_memory_bytes, "{:.0f}", 1e-6),
+        ]
+        rows.append(f"| `{path.stem}` ({data['verdict']['status']}) | {' | '.join(cells)} |")
+    text = README.read_text()
+    head, rest = text.split(BEGIN)
+    README.write_text(f"{head}{BEGIN}\n" + "\n".join(rows) + f"\n{END}{rest.split(END)[1]}")
+
+
+def _pair(before: float | None, after: float | None, form: str, scale: float = 1.0) -> str:
+    shown = ["not measured" if value is None else form.format(value * scale) for value in (before, after)]
+    return " -> ".join(shown)
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    recorder = commands.add_parser("record", help="store a run's figures")
+    recorder.add_argument("run", type=Path)
+    recorder.add_argument("name")
+    commands.add_parser("table", help="rewrite the README's table")
+    args = parser.parse_args()
+    if args.command == "record":
+        record(args.run, args.name)
+    else:
+        table()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
