@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_networks import make_images, tiny
-
-from compressor import models, proof
+from tiny_networks import make_images, stand_in
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -36,12 +34,9 @@ def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_images(tmp_path_factory.mktemp("images") / "colours")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def tiny_network() -> Iterator[None]:
-    """Whole runs in seconds: a stand-in under Xception's name, and no child process to measure retraining."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.BUILTIN, "xception", tiny)
-        patch.setattr(proof, "_retrain_memory", lambda *_: {"error": "the stand-in network has no retraining process"})
+    with stand_in():
         yield
 
 

@@ -7,14 +7,10 @@ repository = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(repository))
 sys.path.insert(0, str(repository / "tests"))
 
-from tiny_networks import tiny  # noqa: E402
+from tiny_networks import stand_in  # noqa: E402
 
-from compressor import models, proof  # noqa: E402
 from compressor.cli import main  # noqa: E402
 
-models.BUILTIN["xception"] = tiny
-# The child that measures retraining would build the real Xception.
-proof._retrain_memory = lambda *_: {"error": "the stand-in network has no retraining process"}
-
 if __name__ == "__main__":
-    sys.exit(main())
+    with stand_in():
+        sys.exit(main())

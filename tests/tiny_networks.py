@@ -2,14 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import pytest
 from PIL import Image
 from torch import Tensor, nn
 
+from compressor import models, proof
 from compressor.models.xception import Block, initialise
 
 FINETUNE = {
@@ -55,6 +58,15 @@ class TinyNetwork(nn.Module):
 
 def tiny(num_classes: int = 1000) -> nn.Module:
     return TinyNetwork(num_classes)
+
+
+@contextmanager
+def stand_in() -> Iterator[None]:
+    """Whole runs in seconds: the tiny network under Xception's name, and no child process to measure retraining."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.BUILTIN, "xception", tiny)
+        patch.setattr(proof, "_retrain_memory", lambda *_: {"error": "the stand-in network has no retraining process"})
+        yield
 
 
 def make_images(folder: Path, per_class: int = 40, test_per_class: int = 16, size: int = 48) -> Path:
