@@ -1,5 +1,6 @@
 """The command line with the stand-in network under Xception's name, for tests that need a process of their own."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -12,5 +13,5 @@ from tiny_networks import stand_in  # noqa: E402
 from compressor.cli import main  # noqa: E402
 
 if __name__ == "__main__":
-    with stand_in():
+    with stand_in(retrain=bool(os.environ.get("STAND_IN_RETRAIN"))):
         sys.exit(main())

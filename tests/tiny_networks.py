@@ -61,11 +61,16 @@ def tiny(num_classes: int = 1000) -> nn.Module:
 
 
 @contextmanager
-def stand_in() -> Iterator[None]:
-    """Whole runs in seconds: the tiny network under Xception's name, and no child process to measure retraining."""
+def stand_in(*, retrain: bool = False) -> Iterator[None]:
+    """Whole runs in seconds: the tiny network under Xception's name.
+
+    Args:
+        retrain: Start the child process that measures retraining; it builds the real Xception, and so fails.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.BUILTIN, "xception", tiny)
-        patch.setattr(proof, "_retrain_memory", lambda *_: {"error": "the stand-in network has no retraining process"})
+        if not retrain:
+            patch.setattr(proof, "_retrain_memory", lambda *_: {"error": "the stand-in network has no child process"})
         yield
 
 

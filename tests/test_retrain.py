@@ -1,0 +1,102 @@
+"""Memory of retraining: measured in a process of its own, from any folder, or reported as not measured."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_networks import PRUNE, QUANTIZE, SHORT, contents, tiny_recipe, write_recipe
+from watched_process import run_watched
+
+from compressor import proof
+from compressor.context import Context
+from compressor.pipeline import compress
+from compressor.recipe import Recipe
+from compressor.retrain import retrain
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def test_retraining_is_measured_and_writes_nothing(tiny_network: None, tiny_images: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    compress(write_recipe(tmp_path / "recipe.yaml", tiny_images, SHORT, PRUNE, SHORT), run)
+    before = contents(tmp_path)
+    measured = retrain(run, run / "stages" / "02-finetune", 2, 3)
+    assert measured.keys() == {"floor_bytes", "average_bytes", "peak_bytes"}
+    assert 0 < measured["average_bytes"] <= measured["peak_bytes"]
+    assert 0 < measured["floor_bytes"] <= measured["peak_bytes"]
+    assert contents(tmp_path) == before
+
+
+@pytest.fixture
+def asked(tiny_images: Path, tmp_path: Path) -> tuple[Context, Recipe, list[dict[str, str]]]:
+    """What a run with two finetunes asks to have measured."""
+    recipe = Recipe.model_validate(tiny_recipe(tiny_images, SHORT, PRUNE, SHORT, QUANTIZE))
+    context = Context(torch.zeros(1, 3, 48, 48), None, "cpu", tmp_path / "run.partial")  # type: ignore[arg-type]
+    return context, recipe, [{"type": stage.type} for stage in recipe.stages]
+
+
+def test_the_last_finetune_is_measured_by_a_child_that_finds_the_toolkit_from_any_folder(
+    asked: tuple[Context, Recipe, list[dict[str, str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run from a checkout in another folder, nothing is installed and `compressor` is not in the working folder."""
+    (tmp_path / "compressor.py").write_text("raise SystemExit('not the toolkit')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    seen: list[list[str]] = []
+
+    def run(command: list[str], *, env: dict[str, str], **_: object) -> subprocess.CompletedProcess[str]:
+        seen.append(command)
+        assert env["PYTHONPATH"].split(os.pathsep) == [str(REPOSITORY), "elsewhere"]
+        probe = [*command[: command.index("-m")], "-c", "import compressor; print(compressor.__file__)"]
+        found = subprocess.check_output(probe, env=env, text=True).strip()  # no deeper: torch takes seconds
+        assert found == str(REPOSITORY / "compressor" / "__init__.py")
+        return subprocess.CompletedProcess(command, 0, 'a line of some library\n{"peak_bytes": 7}\n', "")
+
+    monkeypatch.setattr(proof.subprocess, "run", lambda *a, **k: real(*a, **k) if "-c" in a[0] else run(*a, **k))
+    assert proof._retrain_memory(*asked) == {"peak_bytes": 7}
+    assert seen[0][-4:] == [str(tmp_path / "run.partial"), str(tmp_path / "run.partial/stages/02-finetune"), "2", "12"]
+
+
+real = subprocess.run
+
+
+def test_what_cannot_be_measured_says_why(
+    asked: tuple[Context, Recipe, list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch, tiny_images: Path
+) -> None:
+    context, _, _ = asked
+    untrained = Recipe.model_validate(tiny_recipe(tiny_images, QUANTIZE))
+    assert proof._retrain_memory(context, untrained, [{"type": "quantize"}]) == {
+        "error": "the recipe has no finetune stage"
+    }
+    died = subprocess.CompletedProcess([], -9, "", "")
+    monkeypatch.setattr(proof.subprocess, "run", lambda *_, **__: died)
+    assert proof._retrain_memory(*asked) == {"error": "it ended without a message"}
+
+
+def test_a_whole_run_stays_on_this_machine_and_in_its_folders(tmp_path: Path) -> None:
+    """Data generated, trained, pruned, quantized, exported, proven, and a child process that fails: all watched."""
+    home, temporary, cache, out = (tmp_path / name for name in ("home", "tmp", "cache", "out"))
+    for folder in (home, temporary, cache, out):
+        folder.mkdir()
+    data = {"source": "synthetic_pcb", "train_per_class": 16, "val_per_class": 4, "test_per_class": 4}
+    recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path, SHORT, PRUNE, SHORT, QUANTIZE, data=data)
+    seen = run_watched(
+        [str(REPOSITORY / "tests" / "tiny_main.py"), str(recipe), "--out", str(out / "run"), "--json"],
+        [out, cache, temporary],
+        {"HOME": str(home), "TMPDIR": str(temporary), "COMPRESSOR_CACHE": str(cache), "STAND_IN_RETRAIN": "1"},
+        cwd=tmp_path,
+    )
+    assert seen.returncode in (0, 3), seen.stderr  # 3: INT8 of a network that knows nothing may miss its gate
+    assert seen.sockets == ()
+    assert set(seen.writes) <= {"/proc/self/clear_refs"}  # no file: it resets the high-water mark of memory
+    assert list(home.rglob("*")) == []
+    assert list(temporary.rglob("*")) == []
+    assert [path.name for path in out.iterdir()] == ["run"]
+    report = json.loads(seen.stdout)
+    assert report["data"]["source"] == "synthetic_pcb"
+    note = next(note for note in report["notes"] if note.startswith("retraining memory was not measured"))
+    assert "UnsupportedModelError" in note, note
+    assert report["result"]["retrain_peak_memory_bytes"] is None
