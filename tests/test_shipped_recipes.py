@@ -1,0 +1,91 @@
+"""Every recipe that is shipped runs from end to end with the real network: few images, one step per training."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+from PIL import Image
+
+from compressor import parity, proof
+from compressor.artifacts import verify_manifest
+from compressor.pipeline import compress
+from compressor.recipe import Recipe
+from compressor.recipe_loader import load_recipe
+from compressor.runtime import read_labels
+
+SIZE = 48
+RECIPES = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
+TREES = {"caltech101": ("anchor", "sea horse", "wild_cat"), "deeppcb": ("defect", "ok")}
+SMALL = {"subset_size": 8, "importance_batches": 1, "metric_images": 8, "bn_batches": 1}
+
+
+def test_all_recipes_are_found() -> None:
+    assert len(RECIPES) >= 4
+
+
+def make_tree(folder: Path, source: str) -> Path:
+    """A class-per-folder tree as the source lays it out; names begin with a board's five digits."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 16), ("test", 4)):
+        for label, name in enumerate(TREES[source]):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(60, 140, (70, 60, 3)) + 80 * (np.arange(3) == label)
+                board = 10000 + 100 * (split == "test") + 10 * label + i % 4
+                path = folder / split / name / f"{board}{i:03d}_{split}.png"
+                Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return folder
+
+
+def shrink(recipe: Recipe, folder: Path) -> Iterator[str]:
+    """Overrides that leave every stage in its place and take the time out of them."""
+    yield from (f"input.size={SIZE}", "model.weights=none", "budget={}", "benchmark.throughput_s=null")
+    if recipe.data.source == "synthetic_pcb":
+        yield from ("data.train_per_class=6", "data.val_per_class=2", "data.test_per_class=3")
+    else:
+        yield f"data.path={make_tree(folder / 'images', recipe.data.source)}"
+    for index, stage in enumerate(recipe.model_dump(mode="json")["stages"]):
+        where = f"stages[{index}]"
+        yield from (f"{where}.{key}={value}" for key, value in SMALL.items() if key in stage)
+        for path, training in ((where, stage), (f"{where}.recovery", stage.get("recovery"))):
+            if training and "learning_rate" in training:
+                yield from (f"{path}.epochs=null", f"{path}.steps=1", f"{path}.batch_size=8")
+
+
+def targets(recipe: Recipe) -> Mapping[str, float]:
+    """The smallest fraction of the baseline's MACs and parameters that any stage aims at."""
+    wanted: dict[str, float] = {}
+    for stage in recipe.stages:
+        for name, bound in getattr(stage, "target", None) or ():
+            if bound is not None and bound.relative:
+                wanted[name] = min(bound.value, wanted.get(name, 1.0))
+    return wanted
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_shipped_recipe_runs_from_end_to_end(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # After one step, which class is on top is chance, and so is whether INT8 keeps it: how far the logits move is not.
+    monkeypatch.setattr(parity, "INT8_AGREEMENT", 0.0)
+    monkeypatch.setattr(proof, "_retrain_memory", lambda *_: {"error": "not asked for by this test"})
+    recipe = load_recipe(path).recipe
+    run = tmp_path / "run"
+    report = compress(path, run, overrides=list(shrink(recipe, tmp_path)))
+    assert report.passed, report.verdict
+    assert [stage["type"] for stage in report.stages] == [stage.type for stage in recipe.stages]
+    assert max(pair["difference"] for pair in report.parity["float"]["pairs"].values()) <= 1e-4
+    int8 = {name: pair["difference"] for name, pair in report.parity["int8"]["pairs"].items()}
+    assert max(int8.values()) <= 0.15, int8
+    assert len(report.parity["int8"]["pairs"]) == 6, "torch, ONNX, IR at f32, IR as deployed: each with each"
+    for name, fraction in targets(recipe).items():
+        assert getattr(report.result, name) <= fraction * getattr(report.baseline, name)
+    assert {Path(artifact.path).name for artifact in report.artifacts} == {
+        *("baseline_fp32.xml", "baseline_fp32.bin", "result_fp32.onnx", "result_fp32.xml", "result_fp32.bin"),
+        *("result_int8.onnx", "result_int8.xml", "result_int8.bin"),
+    }
+    labels: list[Any] = json.loads((run / "report.json").read_text())["data"]["labels"]
+    assert list(read_labels(run / "artifacts" / "result_int8.xml")) == labels
+    assert verify_manifest(run) == []
