@@ -4,8 +4,9 @@ Invariant: needs only openvino and numpy (the edge device has no torch); candida
 turns within one process, so that a change of the load of the machine falls on all of them.
 """
 
+import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from compressor.environment import BF16_FEATURES, INT8_FEATURES, cpu_flags
 from compressor.errors import DataError
-from compressor.runtime import DEFAULT, F32, compile_ir, network_size
+from compressor.runtime import DEFAULT, F32, compile_ir, network_size, stream
 
 _TURN_CALLS = 5
 _CONVOLUTIONS = ("Convolution", "GroupConvolution")
@@ -108,17 +109,18 @@ def measure_throughput(
     """
     if not len(images):
         raise DataError("throughput: no images to time with")
-    queue = ov.AsyncInferQueue(compile_ir(candidate.xml, "THROUGHPUT", _with_threads(candidate.config, threads)))
-    singles = [np.ascontiguousarray(image)[None] for image in images]
-    for index in range(2 * len(queue)):
-        queue.start_async({0: singles[index % len(singles)]})
-    queue.wait_all()
-    calls = 0
+    compiled = compile_ir(candidate.xml, "THROUGHPUT", _with_threads(candidate.config, threads))
+    for _ in stream(compiled, [*images] * 2):
+        pass
     start = time.perf_counter()
-    while time.perf_counter() - start < seconds or not calls:
-        queue.start_async({0: singles[calls % len(singles)]})
-        calls += 1
-    queue.wait_all()
+
+    def fed() -> Iterator[NDArray[np.uint8]]:
+        for index in itertools.count():
+            if index and time.perf_counter() - start >= seconds:
+                return
+            yield images[index % len(images)]
+
+    calls = sum(1 for _ in stream(compiled, fed()))
     return calls / (time.perf_counter() - start)
 
 

@@ -4,9 +4,9 @@ Invariant: needs only openvino and numpy, so that the edge device can evaluate a
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import openvino as ov
@@ -66,6 +66,33 @@ def network_size(xml: Path) -> tuple[int, int] | None:
     return height, width
 
 
+def stream(compiled: ov.CompiledModel, images: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.float32]]:
+    """Run images, each (h, w, 3), with as many requests under way as the plugin asks for; yields logits in order.
+
+    Requests are waited for, not answered by callbacks: calling Python from OpenVINO's threads locks up or crashes the
+    process now and then (openvino 2026.4, Python 3.11).
+    """
+    spare = [
+        compiled.create_infer_request() for _ in range(int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")))
+    ]
+    under_way: deque[ov.InferRequest] = deque()
+
+    def finish() -> NDArray[np.float32]:
+        request = under_way.popleft()
+        request.wait()
+        spare.append(request)
+        return np.array(request.get_output_tensor(0).data, np.float32).reshape(-1)  # a copy: the tensor is reused
+
+    for image in images:
+        if not spare:
+            yield finish()
+        request = spare.pop()
+        request.start_async({0: np.ascontiguousarray(image)[None]})
+        under_way.append(request)
+    while under_way:
+        yield finish()
+
+
 def predict(xml: Path, images: Iterable[NDArray[np.uint8]], config: Mapping[str, str] = DEFAULT) -> NDArray[np.float32]:
     """Run images, each (h, w, 3) RGB and of any size, through an IR.
 
@@ -75,18 +102,7 @@ def predict(xml: Path, images: Iterable[NDArray[np.uint8]], config: Mapping[str,
         Logits, (N, classes), in the order of the images.
     """
     compiled = compile_ir(xml, "THROUGHPUT", config)
-    rows: dict[int, NDArray[np.float32]] = {}
-
-    def store(request: Any, index: int) -> None:
-        rows[index] = request.get_output_tensor(0).data.reshape(-1).astype(np.float32)  # a copy: the tensor is reused
-
-    # The bindings' tables must be filled before two callbacks can meet there and lock up: see `make_resizer`.
-    _ = ov.Tensor(np.zeros(1, np.float32)).data
-    queue = ov.AsyncInferQueue(compiled)
-    queue.set_callback(store)
-    for index, image in enumerate(images):
-        queue.start_async({0: np.ascontiguousarray(image)[None]}, index)
-    queue.wait_all()
+    rows = list(stream(compiled, images))
     if not rows:
         return np.zeros((0, compiled.outputs[0].get_partial_shape()[1].get_length()), np.float32)
-    return np.stack([rows[index] for index in range(len(rows))])
+    return np.stack(rows)
