@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from compressor.environment import cache_dir, prepare_process
+from compressor.errors import CompressorError
 from compressor.memory import measure_memory, resident_bytes
 
 
@@ -54,4 +55,7 @@ def retrain(run: Path, stage_folder: Path, index: int, steps: int) -> dict[str, 
 
 if __name__ == "__main__":
     logging.disable(logging.CRITICAL)
-    print(json.dumps(retrain(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))))
+    try:
+        print(json.dumps(retrain(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))))
+    except CompressorError as error:
+        sys.exit(str(error))

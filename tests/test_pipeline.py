@@ -95,6 +95,22 @@ def test_the_report_holds_every_key_of_the_contract(finished: Finished) -> None:
     assert as_json(read_report(finished.run / "report.json")) == report == as_json(finished.report)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"report\.json: no report; give the folder of a finished run"),
+        ('{"version": 1', r"report\.json: not a readable report"),
+        ('{"version": 1}', r"report\.json: not a readable report"),
+        ('{"version": 99}', r"report\.json: report version 99, this toolkit reads version 1"),
+    ],
+)
+def test_what_is_no_report_is_refused(text: str | None, message: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "report.json").write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_report(tmp_path / "report.json")
+
+
 def as_json(report: Report) -> dict[str, Any]:
     return json.loads(json.dumps(report.to_json()))
 
