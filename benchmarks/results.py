@@ -46,14 +46,14 @@ def record(run: Path, name: str) -> None:
     lines.append(
         {
             "name": name,
-            "recipe": report.recipe,
+            "recipe_hash": report.recipe["hash"],
             "status": report.verdict["status"],
             "baseline_accuracy": report.baseline.accuracy,
             "result_accuracy": report.result.accuracy,
             "test_images": report.benchmark["accuracy"]["test_images"],
         }
     )
-    ledger.write_text(json.dumps(lines, indent=1) + "\n")
+    ledger.write_text("[\n" + ",\n".join(json.dumps(line) for line in lines) + "\n]\n")
 
 
 def table() -> None:
