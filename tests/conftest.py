@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from tiny_networks import make_images, stand_in
+
+# The same examples every time, so that a commit does not fail for what another one did; HYPOTHESIS_PROFILE=explore
+# draws new ones.
+settings.register_profile("repeat", derandomize=True)
+settings.register_profile("explore")
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

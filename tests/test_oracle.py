@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -57,6 +58,13 @@ def check(spec: Spec, seed: int) -> None:
 @given(spec=specs(), seed=st.integers(0, 2**16))
 def test_cutting_equals_masking(spec: Spec, seed: int) -> None:
     check(spec, seed)
+
+
+@pytest.mark.parametrize("seed", [0, 2])
+def test_groups_of_equal_size_that_only_seem_independent_are_told_apart(seed: int) -> None:
+    # Flattened with its positions, this concatenation is misread by Torch-Pruning 1.6.1, and cutting equally many
+    # channels of both parts hides it.
+    check(Spec(("concat_residual",), (4, 4), True, True, "relu", "flatten", 6, 0), seed)
 
 
 def test_every_kind_of_coupling_is_exercised() -> None:

@@ -4,7 +4,6 @@ Invariant: a group is `prunable` only if removing channels of it really gave the
 copy with random weights. Whatever the tracer misunderstood is thereby refused with a reason instead of pruned wrongly.
 """
 
-import copy
 import fnmatch
 import logging
 from collections.abc import Collection, Iterable, Sequence
@@ -15,12 +14,11 @@ from torch import Tensor, nn
 
 from compressor.errors import RecipeError, did_you_mean
 from compressor.pruning.coupling import WRITERS, ChannelGroup, Member, couple_channels
-from compressor.pruning.surgery import mask, shrink
+from compressor.pruning.oracle import holds, randomised_twin
 
 __all__ = ["ChannelGroup", "Member", "find_groups", "resolve_scope"]
 
 _log = logging.getLogger(__name__)
-_TOLERANCE = 1e-3  # of the output range, in float32; a wrongly cut channel changes the output by about the range itself
 
 
 def find_groups(module: nn.Module, example: Tensor, *, ignored: Collection[str]) -> list[ChannelGroup]:
@@ -80,65 +78,35 @@ def _apply_ignored(group: ChannelGroup, ignored: Collection[str]) -> ChannelGrou
 
 
 def _prove(module: nn.Module, example: Tensor, groups: Sequence[ChannelGroup]) -> set[str]:
-    """Return the names of those groups whose channels can be removed, alone and together."""
-    if not groups:
-        return set()
-    generator = torch.Generator().manual_seed(0)
-    twin = copy.deepcopy(module).eval()
-    _randomise(twin, generator)
-    x = torch.randn(example.shape, generator=generator).to(example)
-    keep = {
-        group.name: sorted(torch.randperm(group.channels, generator=generator)[: (group.channels + 1) // 2].tolist())
-        for group in groups
-    }
-    if _holds(twin, x, groups, keep):
-        return set(keep)
+    """Return the names of those groups whose channels can be removed, in every pattern tried."""
+    twin, x = randomised_twin(module, example)
+    patterns = _patterns(groups)
+    if all(holds(twin, x, groups, keep) for keep in patterns):
+        return {group.name for group in groups}
     proven: list[ChannelGroup] = []
     for group in groups:
-        if _holds(twin, x, [*proven, group], keep):
+        if all(holds(twin, x, [*proven, group], keep) for keep in patterns):
             proven.append(group)
         else:
             _log.warning("%s: channels cannot be traced through the network; the group is not pruned", group.name)
     return {group.name for group in proven}
 
 
-def _holds(twin: nn.Module, x: Tensor, groups: Sequence[ChannelGroup], keep: dict[str, list[int]]) -> bool:
-    """Whether cutting and masking the same channels give the same output."""
-    chosen = {group.name: keep[group.name] for group in groups}
-    masked, cut = copy.deepcopy(twin), copy.deepcopy(twin)
-    with torch.no_grad():
-        mask(masked, groups, chosen)
-        expected = masked(x)
-        del masked
-        try:
-            shrink(cut, groups, chosen)
-            output = cut(x)
-        except (RuntimeError, ValueError, IndexError, AssertionError):  # shapes that no longer fit
-            return False
-    if output.shape != expected.shape or output.dtype != expected.dtype or not bool(expected.isfinite().all()):
-        return False
-    scale = float(expected.abs().max())
-    return float((output - expected).abs().max()) <= _TOLERANCE * max(scale, 1e-12)
+def _patterns(groups: Sequence[ChannelGroup]) -> list[dict[str, list[int]]]:
+    """What to keep of each group in each trial: half of all at once, then half of those whose index has bit k set.
 
-
-def _randomise(module: nn.Module, generator: torch.Generator) -> None:
-    """Fill weights and statistics with values under which every channel matters.
-
-    Pretrained or fresh weights may hide a fault: a BatchNorm scale of zero makes a whole branch invisible.
+    Any two groups differ in some bit, so in some trial one is cut and the other is not: two groups that the tracer took
+    for independent, and that are not, are found out however equal their sizes are.
     """
+    generator = torch.Generator().manual_seed(0)
 
-    def fill(tensor: Tensor | None, mean: float, spread: float) -> None:
-        if tensor is not None:
-            tensor.copy_(mean + spread * (2 * torch.rand(tensor.shape, generator=generator) - 1))
+    def half(group: ChannelGroup) -> list[int]:
+        return sorted(torch.randperm(group.channels, generator=generator)[: (group.channels + 1) // 2].tolist())
 
-    with torch.no_grad():
-        for layer in module.modules():
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-                fill(layer.weight, 1, 0.5)
-                fill(layer.bias, 0, 0.5)
-                fill(layer.running_mean, 0, 0.2)
-                fill(layer.running_var, 1, 0.5)
-            elif isinstance(layer, nn.Conv2d | nn.Linear):
-                fan_in = layer.weight[0].numel()
-                fill(layer.weight, 0, (6 / fan_in) ** 0.5)  # He's uniform initialisation keeps the signal's size
-                fill(layer.bias, 0, 0.2)
+    everyone = range(len(groups))
+    bits = range(max(len(groups) - 1, 0).bit_length())
+    trials = [set(everyone), *({i for i in everyone if i >> bit & 1} for bit in bits)]
+    return [
+        {group.name: half(group) if i in cut else list(range(group.channels)) for i, group in enumerate(groups)}
+        for cut in trials
+    ]

@@ -1,0 +1,65 @@
+"""The oracle: cutting channels out of a network must give the outputs of the network with those channels masked.
+
+Invariant: the network asked about is never touched; trials run on a copy with random weights.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from compressor.pruning.coupling import ChannelGroup
+from compressor.pruning.surgery import mask, shrink
+
+_TOLERANCE = 1e-3  # of the output range, in float32; a wrongly cut channel changes the output by about the range itself
+
+
+def randomised_twin(module: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]:
+    """Return a copy under whose weights every channel matters, in evaluation mode, and a random input for it."""
+    generator = torch.Generator().manual_seed(0)
+    twin = copy.deepcopy(module).eval()
+    _randomise(twin, generator)
+    return twin, torch.randn(example.shape, generator=generator).to(example)
+
+
+def holds(twin: nn.Module, x: Tensor, groups: Sequence[ChannelGroup], keep: Mapping[str, Sequence[int]]) -> bool:
+    """Whether cutting and masking the same channels give the same output."""
+    chosen = {group.name: keep[group.name] for group in groups}
+    masked, cut = copy.deepcopy(twin), copy.deepcopy(twin)
+    with torch.no_grad():
+        mask(masked, groups, chosen)
+        expected = masked(x)
+        del masked
+        try:
+            shrink(cut, groups, chosen)
+            output = cut(x)
+        except (RuntimeError, ValueError, IndexError, AssertionError):  # shapes that no longer fit
+            return False
+    if output.shape != expected.shape or output.dtype != expected.dtype or not bool(expected.isfinite().all()):
+        return False
+    scale = float(expected.abs().max())
+    return float((output - expected).abs().max()) <= _TOLERANCE * max(scale, 1e-12)
+
+
+def _randomise(module: nn.Module, generator: torch.Generator) -> None:
+    """Fill weights and statistics with values under which every channel matters.
+
+    Pretrained or fresh weights may hide a fault: a BatchNorm scale of zero makes a whole branch invisible.
+    """
+
+    def fill(tensor: Tensor | None, mean: float, spread: float) -> None:
+        if tensor is not None:
+            tensor.copy_(mean + spread * (2 * torch.rand(tensor.shape, generator=generator) - 1))
+
+    with torch.no_grad():
+        for layer in module.modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                fill(layer.weight, 1, 0.5)
+                fill(layer.bias, 0, 0.5)
+                fill(layer.running_mean, 0, 0.2)
+                fill(layer.running_var, 1, 0.5)
+            elif isinstance(layer, nn.Conv2d | nn.Linear):
+                fan_in = layer.weight[0].numel()
+                fill(layer.weight, 0, (6 / fan_in) ** 0.5)  # He's uniform initialisation keeps the signal's size
+                fill(layer.bias, 0, 0.2)
