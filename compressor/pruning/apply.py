@@ -27,8 +27,8 @@ def apply_plan(module: nn.Module, plan: PrunePlan, example: Tensor) -> None:
     groups = _matching(module, plan, example)
     if groups and not holds(*randomised_twin(module, example), groups, plan.keep):
         raise UnsupportedModelError(
-            "plan: removing these channels would not give the outputs of the masked network, so nothing is removed; how "
-            "layers share channels cannot be traced here, put those around concatenations and reshapes in ignored_scope"
+            "plan: removing these channels would not give the outputs of the masked network, so nothing is removed; "
+            "how its layers share channels cannot be traced, so put those around concatenations in ignored_scope"
         )
     shrink(module, groups, plan.keep)
 
