@@ -174,9 +174,6 @@ def test_a_hostile_recipe_is_refused_fast(tmp_path: Path) -> None:
     assert time.process_time() - started < 6
 
 
-# --- extends
-
-
 def test_a_child_merges_mappings_and_replaces_lists_and_values(tmp_path: Path, base: Path) -> None:
     write(tmp_path, "extends: base.yaml\nseed: 7\ninput: {fit: center_crop}\n", "mid.yaml")
     child = write(
@@ -238,9 +235,6 @@ def test_parents_that_cannot_be_used_are_named(tmp_path: Path, files: dict[str, 
 
 def test_null_extends_nothing(base: Path) -> None:
     assert load_recipe(write(base.parent, BASE + "extends: null\n")).recipe == load_recipe(base).recipe
-
-
-# --- overrides
 
 
 def test_overrides_set_keys_items_and_whole_sections(base: Path) -> None:
@@ -323,9 +317,6 @@ def test_wrong_overrides_and_wrong_keys_are_reported_together(base: Path) -> Non
         "--set: stages[7]",
         "--set: seed",
     ]
-
-
-# --- written out again
 
 
 def test_the_resolved_recipe_loads_as_the_same_recipe(base: Path) -> None:

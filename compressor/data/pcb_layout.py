@@ -16,7 +16,7 @@ _HALF = SPAN / 2
 _DIAGONAL = 0.7071067811865476
 _FAR = np.float32(40.0)
 
-# Least and greatest width of a track and of the gap to the next. At 64 px a unit is a little more than a pixel of
+# Least and greatest width of a track and of the gap to the next. A unit is a little more than a pixel of
 # DeepPCB, whose thinnest tracks and gaps are 8 px wide.
 _TRACK_STYLES = ((5.5, 8.5, 6.5, 11.0), (8.0, 13.0, 7.0, 14.0), (9.0, 15.0, 8.0, 18.0), (14.0, 32.0, 8.0, 20.0))
 

@@ -16,7 +16,7 @@ from compressor.data.pcb_topology import measure_topology
 from compressor.errors import DataError
 
 CLASSES: tuple[str, ...] = ("ok", "open", "short", "mousebite", "spur", "copper", "pinhole")
-MIN_SIZE = 48  # below this the thinnest defects are under two pixels
+MIN_SIZE = 48  # at 48 px a layout unit is one pixel and the thinnest defects are four wide
 
 _MARGIN = 12.0  # a defect starts at least this far from the border, in layout units
 _SAFETY = 1.2  # the laws must also hold with every copper edge moved by this much, in layout units
@@ -157,7 +157,7 @@ def _roughness(canvas: Canvas, dice: Dice) -> Field:
     return jitter
 
 
-# --- placing a defect: each returns the distance field of the copper to add or remove, or None if it finds no place
+# Placing a defect: each function returns the distance field of the copper to add or remove, or None without a place.
 
 
 def _pick(canvas: Canvas, dice: Dice, allowed: NDArray[np.bool_]) -> tuple[int, int] | None:
