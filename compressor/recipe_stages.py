@@ -71,6 +71,13 @@ class Augment(BaseModel):
     shift: int = Field(
         default=0, ge=0, le=512, description="Shift by up to this many pixels, borders filled by reflection."
     )
+    crop: float = Field(
+        default=1.0,
+        ge=0.1,
+        le=1,
+        description="Cut out a random rectangle, each side at least this share of the image's, and stretch it back to "
+        "the input size; 1 = off.",
+    )
 
 
 class Distill(BaseModel):

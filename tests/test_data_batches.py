@@ -91,8 +91,41 @@ def test_shift_beyond_the_image_is_defined() -> None:
     assert torch.equal(Augment(shift=5)(one, torch.Generator()), one)
 
 
+def test_crop_stretches_a_rectangle_of_the_allowed_size_that_lies_inside() -> None:
+    n, height, width, smallest = 200, 24, 36, 0.6
+    rows = torch.arange(height).float()[:, None].expand(height, width)
+    columns = torch.arange(width).float()[None].expand(height, width)
+    x = torch.stack([rows, columns, torch.ones(height, width)]).expand(n, 3, height, width).contiguous()
+    y = Augment(flip=False, crop=smallest)(x, torch.Generator().manual_seed(0))
+    assert y.shape == x.shape
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    # A coordinate image shows where each pixel came from: evenly spaced, one side's share apart, within the image.
+    steps_down, steps_right = y[:, 0, 1:-1].diff(dim=1), y[:, 1, :, 1:-1].diff(dim=2)
+    for steps in (steps_down[:, :, :1].flatten(1), steps_right[:, :1].flatten(1)):
+        share = steps[:, steps.shape[1] // 2]
+        assert torch.allclose(steps, share[:, None].expand_as(steps), atol=1e-4)
+        assert smallest - 1e-4 <= share.min() < smallest + 0.05
+        assert 0.95 < share.max() <= 1 + 1e-4
+    assert y[:, 0].min() >= 0
+    assert y[:, 0].max() <= height - 1
+    assert y[:, 1].max() <= width - 1
+    reach = y[:, 1].flatten(1)
+    assert reach.min() < 1
+    assert reach.max() > width - 2
+    assert torch.allclose(y[:, 2], torch.ones(()))
+
+
+def test_crop_comes_after_the_moves_and_keeps_the_dtype() -> None:
+    x, generator = batch(), torch.Generator().manual_seed(3)
+    moved = Augment(shift=2)(x, generator)
+    assert torch.equal(
+        Augment(shift=2, crop=0.5)(x, torch.Generator().manual_seed(3)), Augment(flip=False, crop=0.5)(moved, generator)
+    )
+    assert Augment(crop=0.5)(x.to(torch.bfloat16), generator).dtype == torch.bfloat16
+
+
 def test_generator_decides() -> None:
-    augment = Augment(flip=True, vertical_flip=True, shift=2, rotate90=True)
+    augment = Augment(flip=True, vertical_flip=True, shift=2, rotate90=True, crop=0.8)
     x = batch()
     first, again = (augment(x, torch.Generator().manual_seed(1)) for _ in range(2))
     assert torch.equal(first, again)

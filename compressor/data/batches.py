@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -47,12 +48,15 @@ class Augment:
         vertical_flip: Mirror top and bottom, for half of the images.
         shift: Move by up to this many pixels in each direction; what is uncovered is filled by reflection.
         rotate90: Turn by 0, 90, 180 or 270 degrees, each for a quarter of the images; needs square images.
+        crop: Cut out a rectangle at a random place, each side this share of the image's or more, and stretch it back
+            bilinearly (after "random resized crop", arXiv 1409.4842); 1 = off.
     """
 
     flip: bool = True
     vertical_flip: bool = False
     shift: int = 0
     rotate90: bool = False
+    crop: float = 1.0
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Return changed images; the input is left alone, or returned when nothing is asked for.
@@ -67,8 +71,12 @@ class Augment:
         Raises:
             ValueError: `rotate90` on images that are not square.
         """
-        if not (self.flip or self.vertical_flip or self.shift or self.rotate90):
-            return x
+        if self.flip or self.vertical_flip or self.shift or self.rotate90:
+            x = self._move(x, generator)
+        return _crop(x, self.crop, generator) if self.crop < 1 else x
+
+    def _move(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Everything that only moves pixels: no value changes."""
         n, channels, height, width = x.shape
         if self.rotate90 and height != width:
             raise ValueError(f"augment.rotate90 needs square images; {height} x {width} found")
@@ -86,6 +94,16 @@ class Augment:
         pixels = x.permute(0, 2, 3, 1).reshape(n * height * width, channels)  # a view in channels_last memory
         moved = pixels.index_select(0, flat.reshape(-1).to(x.device))
         return moved.view(n, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _crop(x: Tensor, smallest: float, generator: torch.Generator) -> Tensor:
+    """A random rectangle of every image, at the size of the whole; (N, C, H, W) as it came."""
+    sides = smallest + (1 - smallest) * torch.rand(len(x), 2, generator=generator)  # of width and height
+    places = (2 * torch.rand(len(x), 2, generator=generator) - 1) * (1 - sides)  # centres, in -1..1
+    affine = torch.cat([torch.diag_embed(sides), places[:, :, None]], dim=2)  # (N, 2, 3), acting on (column, row)
+    grid = F.affine_grid(affine.to(x), list(x.shape), align_corners=False)
+    cropped = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return cropped.contiguous(memory_format=torch.channels_last)
 
 
 def _coins(n: int, wanted: bool, generator: torch.Generator) -> Tensor:
