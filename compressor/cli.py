@@ -20,6 +20,7 @@ from compressor import __version__
 from compressor.errors import CompressorError, MissingDependencyError, RecipeError, did_you_mean
 
 EXIT_CRASH, EXIT_MISSED, EXIT_RESOURCE, EXIT_INTERRUPTED = 1, 3, 5, 130
+TAKE_A_VALUE = ("--set", "--out", "--device", "--calls", "--threads", "--dest")  # what follows is no command
 SCARCE = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.EROFS)
 EXIT_CODES = (
     "exit codes: 0 ok; 1 crash; 2 recipe or usage; 3 gate or budget missed; 4 data; 5 environment; 130 interrupted"
@@ -56,7 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         scarce = isinstance(error, MemoryError) or error.errno in SCARCE
         return fail(args, f"{type(error).__name__}: {error}", EXIT_RESOURCE if scarce else EXIT_CRASH)
     except Exception as error:
+        if is_out_of_memory(error):
+            return fail(args, f"{error}; lower batch_size or input.size", EXIT_RESOURCE)
         return fail(args, f"internal error, {type(error).__name__}: {error} (--debug shows where)", EXIT_CRASH)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether torch could not get memory, for which it has no class of its own on the CPU."""
+    return type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
 
 
 def fail(args: argparse.Namespace, message: str, code: int) -> int:
@@ -89,10 +99,12 @@ def with_default_command(arguments: list[str]) -> list[str]:
     Raises:
         RecipeError: the first word is neither, and looks like a misspelt command.
     """
-    first = next((a for a in arguments if not a.startswith("-")), None)
-    if first is None:
+    at = 0
+    while at < len(arguments) and arguments[at].startswith("-"):
+        at += 2 if arguments[at] in TAKE_A_VALUE else 1
+    if at >= len(arguments):
         return arguments
-    at = arguments.index(first)
+    first = arguments[at]
     if any(a in ("-h", "--help", "--version") for a in arguments[:at]):
         return arguments
     if first in COMMANDS:
@@ -163,8 +175,10 @@ def _run(args: argparse.Namespace) -> int:
     from compressor.recipe_loader import load_recipe
 
     load_recipe(args.recipe, args.overrides)  # faults show before torch is imported
+    from compressor.run_folder import fresh_run_dir
+
     if args.run_dir is None:
-        args.run_dir = default_run_dir(args.recipe)
+        args.run_dir = fresh_run_dir(args.recipe.stem)
     from compressor import console
 
     with console.logging_to_stderr(quiet=args.quiet, verbose=args.verbose):
@@ -183,13 +197,6 @@ def _run(args: argparse.Namespace) -> int:
     else:
         console.show_report(report, args.run_dir)
     return 0 if report.passed else EXIT_MISSED
-
-
-def default_run_dir(recipe: Path) -> Path:
-    """A folder under `runs/` that does not exist yet, named after the recipe and the time."""
-    import time
-
-    return Path("runs") / f"{recipe.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def _validate(args: argparse.Namespace) -> int:

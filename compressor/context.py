@@ -1,11 +1,12 @@
 """What every stage may read, what it gathers while it works, and the training it may ask for.
 
-Invariant: `Context` never changes during a run.
+Invariant: `Context` never changes during a run, and networks are on the CPU except while they train or predict.
 """
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 
 from compressor.data import Dataset
 from compressor.data.batches import Augment
-from compressor.memory import MemoryUse, measure_memory
+from compressor.errors import RecipeError
+from compressor.memory import MemoryUse, joined, measure_memory
 from compressor.recipe_stages import Training
-from compressor.training import Distillation, TrainingResult, finetune
+from compressor.report import Footprint
+from compressor.training import Distillation, TrainingResult, finetune, visiting
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,16 @@ class Context:
     run_dir: Path
 
 
+@dataclass(frozen=True)
+class Task:
+    """What one stage is told besides its entry in the recipe."""
+
+    where: str  # key path of the stage in the recipe, for messages
+    seed: int
+    teacher: nn.Module | None  # the frozen baseline, for distillation
+    baseline: Footprint  # what targets such as `0.4x` are fractions of
+
+
 @dataclass
 class Work:
     """What a stage gathers while it runs."""
@@ -35,45 +48,47 @@ class Work:
     details: dict[str, Any]
     notes: list[str]
     edits: list[dict[str, Any]]
-    plan: dict[str, Any] | None = None
+    plans: list[dict[str, Any]] = field(default_factory=list)
     quantizer: dict[str, Any] | None = None
     memory: MemoryUse | None = None
     train_time_s: float | None = None
 
 
-def train(
-    module: nn.Module,
-    options: Training,
-    context: Context,
-    *,
-    seed: int,
-    teacher: nn.Module | None,
-    quantized: bool = False,
-) -> TrainingResult:
-    """Run the training loop with a recipe's options."""
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Say which stage a decision failed in; the algorithms that decide do not know recipes."""
+    try:
+        yield
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from error
+
+
+def train(module: nn.Module, options: Training, context: Context, task: Task, *, round_: int = 0) -> TrainingResult:
+    """Run the training loop with a recipe's options; `round_` sets the rounds of one stage apart in their seeds."""
     distill = None
     if options.distill is not None:
-        assert teacher is not None, "the recipe validator demands a baseline before distillation"
-        distill = Distillation(teacher, options.distill.temperature, options.distill.weight)
+        assert task.teacher is not None, "the recipe validator demands a baseline before distillation"
+        distill = Distillation(task.teacher, options.distill.temperature, options.distill.weight)
     values = options.model_dump(exclude={"type", "augment", "distill"})
     augment = Augment(**options.augment.model_dump())
     data = context.data
-    return finetune(
-        module,
-        train=data.train,
-        val=data.val,
-        spec=data.spec,
-        augment=augment,
-        distill=distill,
-        seed=seed,
-        device=context.device,
-        **values,
-    )
+    with ExitStack() as away:
+        for network in (module, distill.teacher) if distill else (module,):
+            away.enter_context(visiting(network, context.device))
+        return finetune(
+            module,
+            train=data.train,
+            val=data.val,
+            spec=data.spec,
+            augment=augment,
+            distill=distill,
+            seed=task.seed + round_,
+            device=context.device,
+            **values,
+        )
 
 
-def recovery(
-    options: Training | None, context: Context, work: Work, *, seed: int, teacher: nn.Module | None
-) -> Callable[[nn.Module, int], None]:
+def recovery(options: Training | None, context: Context, task: Task, work: Work) -> Callable[[nn.Module, int], None]:
     """A function that trains a network a little; its time and memory go on the stage's account."""
     histories = work.details.setdefault("recovery", [])
 
@@ -81,10 +96,10 @@ def recovery(
         if options is None:
             return
         with measure_memory() as memory:
-            result = train(module, options, context, seed=seed + index, teacher=teacher)
+            result = train(module, options, context, task, round_=index)
         histories.append(dataclasses.asdict(result))
-        work.train_time_s = (work.train_time_s or 0.0) + result.seconds
-        if work.memory is None or memory.peak_bytes > work.memory.peak_bytes:
-            work.memory = memory
+        spent = work.train_time_s or 0.0
+        work.memory = memory if work.memory is None else joined(work.memory, spent, memory, result.seconds)
+        work.train_time_s = spent + result.seconds
 
     return recover

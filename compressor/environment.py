@@ -3,6 +3,7 @@
 Invariant: imports nothing heavy, so that the edge-side commands can use it.
 """
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -29,7 +30,7 @@ BF16_FEATURES = ("avx512_bf16", "amx_bf16")
 
 
 def cache_dir() -> Path:
-    """Folder for everything that may be deleted at any time: `COMPRESSOR_CACHE`, else the platform's user cache."""
+    """Folder for what can be made or fetched again: `COMPRESSOR_CACHE`, else the platform's user cache."""
     chosen = os.environ.get("COMPRESSOR_CACHE")
     if chosen:
         return Path(chosen).expanduser().absolute()
@@ -91,6 +92,15 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def code_digest() -> str:
+    """Hash of the toolkit's own sources: with other code the same recipe may give other weights."""
+    package = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def describe() -> dict[str, object]:

@@ -12,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compressor.data.decode import ImageFaultError, decode, strict_pillow
+from compressor.data.files import is_ignored, label_of
 from compressor.errors import DataError, did_you_mean
 from compressor.metrics import wilson_interval
 from compressor.runtime import DEFAULT, predict, read_labels
-
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 
 
 @dataclass(frozen=True)
@@ -116,13 +115,15 @@ def list_images(folder: Path, labels: Sequence[str]) -> list[tuple[int, Path]]:
     Raises:
         DataError: A folder without a label, a label without a folder, or a class without images.
     """
+    if folder.is_file():
+        raise DataError(f"{folder}: a file; give a folder with one folder per class (unpack an archive first)")
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
     root = folder / "test" if (folder / "test").is_dir() and "test" not in labels else folder
     folders: dict[str, Path] = {}
     for path in sorted(root.iterdir()):
-        if path.is_dir() and not path.name.startswith("."):
-            name = "_".join(path.name.split())
+        if path.is_dir() and not is_ignored(path.name):
+            name = label_of(path.name)
             if name in folders:
                 raise DataError(f"{path} and {folders[name]} are the same class '{name}'; merge them")
             folders[name] = path
@@ -133,13 +134,10 @@ def list_images(folder: Path, labels: Sequence[str]) -> list[tuple[int, Path]]:
     for index, label in enumerate(labels):
         if label not in folders:
             raise DataError(f"{root}: no folder for label '{label}'{did_you_mean(label, folders)}")
-        found = sorted(
-            path
-            for path in folders[label].iterdir()
-            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-        )
+        # Every file counts, as in training: one that is no image is an error by name, not an image fewer.
+        found = sorted(path for path in folders[label].iterdir() if path.is_file() and not is_ignored(path.name))
         if not found:
-            raise DataError(f"{folders[label]}: no image in it ({', '.join(sorted(SUFFIXES))})")
+            raise DataError(f"{folders[label]}: no image in it")
         files += [(index, path) for path in found]
     return files
 

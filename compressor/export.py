@@ -25,6 +25,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from compressor.artifacts import write_via
+from compressor.data.files import label_of
 from compressor.errors import ResourceError, UnsupportedModelError
 from compressor.preprocess import InputSpec, embed_preprocessing
 
@@ -44,18 +45,22 @@ class Published:
     bin: Path
 
 
-def publish_float(module: nn.Module, spec: InputSpec, labels: Sequence[str], stem: Path) -> Published:
+def publish_float(
+    module: nn.Module, spec: InputSpec, labels: Sequence[str], stem: Path, *, opset: int = OPSET
+) -> Published:
     """Write `stem.onnx`, `stem.xml` and `stem.bin` from one trace of a float network."""
-    network = trace_float(module, spec)
+    network = trace_float(module, spec, opset=opset)
     return _publish(network, spec, labels, stem, portable=True)
 
 
-def publish_int8(quantized: nn.Module, spec: InputSpec, labels: Sequence[str], stem: Path) -> Published:
+def publish_int8(
+    quantized: nn.Module, spec: InputSpec, labels: Sequence[str], stem: Path, *, opset: int = OPSET
+) -> Published:
     """Write `stem.onnx`, `stem.xml` and `stem.bin` from one trace of what `quantize` returned, trained or not.
 
     With per-channel activations no ONNX is written.
     """
-    network = trace_int8(quantized, spec)
+    network = trace_int8(quantized, spec, opset=opset)
     return _publish(network, spec, labels, stem, portable=not per_channel_activations(network))
 
 
@@ -94,12 +99,12 @@ def convert_int8_ir(quantized: nn.Module, spec: InputSpec, labels: Sequence[str]
     return convert_ir(trace_int8(quantized, spec), spec, labels)
 
 
-def trace_float(module: nn.Module, spec: InputSpec) -> onnx.ModelProto:
+def trace_float(module: nn.Module, spec: InputSpec, *, opset: int = OPSET) -> onnx.ModelProto:
     """Trace a float network: input `planes` float32 [N,3,H,W] normalised, output `logits` [N,classes]."""
-    return _simplified(_traced(copy.deepcopy(module), spec))
+    return _simplified(_traced(copy.deepcopy(module), spec, opset))
 
 
-def trace_int8(quantized: nn.Module, spec: InputSpec) -> onnx.ModelProto:
+def trace_int8(quantized: nn.Module, spec: InputSpec, *, opset: int = OPSET) -> onnx.ModelProto:
     """Trace an NNCF fake-quantised network as QuantizeLinear/DequantizeLinear pairs, weights stored as int8.
 
     The input module stays trainable: a copy is stripped (NNCF's `NATIVE` form: PyTorch's own fake quantisers).
@@ -114,7 +119,7 @@ def trace_int8(quantized: nn.Module, spec: InputSpec) -> onnx.ModelProto:
 
     example = torch.zeros(1, 3, spec.height, spec.width, device=next(quantized.parameters()).device)
     stripped = nncf.strip(quantized, do_copy=True, strip_format=nncf.StripFormat.NATIVE, example_input=example)
-    network = _simplified(_traced(stripped, spec))
+    network = _simplified(_traced(stripped, spec, opset))
     if left := count_nodes(network, "BatchNormalization"):
         raise UnsupportedModelError(
             f"INT8 ONNX: {left} BatchNormalization nodes are left between the quantisers; fold them before quantizing"
@@ -139,7 +144,7 @@ def per_channel_activations(network: onnx.ModelProto) -> bool:
     )
 
 
-def _traced(module: nn.Module, spec: InputSpec) -> onnx.ModelProto:
+def _traced(module: nn.Module, spec: InputSpec, opset: int) -> onnx.ModelProto:
     # The TorchScript exporter: on Xception four times faster than the dynamo one (torch 2.13), which cannot trace
     # NNCF's quantisers at all.
     buffer = io.BytesIO()
@@ -152,7 +157,7 @@ def _traced(module: nn.Module, spec: InputSpec) -> onnx.ModelProto:
             (example,),
             buffer,  # type: ignore[arg-type]  # this exporter takes it; a file would be outside the run
             dynamo=False,
-            opset_version=OPSET,
+            opset_version=opset,
             input_names=[_PLANES],
             output_names=["logits"],
             dynamic_axes={_PLANES: {0: "N"}, "logits": {0: "N"}},
@@ -268,7 +273,7 @@ def model_info(spec: InputSpec, labels: Sequence[str], *, embedded: bool) -> dic
     info = {
         "model_type": "Classification",
         "task_type": "classification",
-        "labels": " ".join("_".join(label.split()) for label in labels),
+        "labels": " ".join(label_of(label) for label in labels),
         "resize_type": "crop" if spec.fit == "center_crop" else "standard",
         "interpolation_mode": "CUBIC" if spec.resize == "pillow_bicubic" else "LINEAR",
         "reverse_input_channels": "NO",

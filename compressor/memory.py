@@ -78,6 +78,17 @@ def measure_memory() -> Iterator[MemoryUse]:
         use.average_bytes = time_weighted_mean(use.samples)
 
 
+def joined(first: MemoryUse, first_s: float, second: MemoryUse, second_s: float) -> MemoryUse:
+    """Two measured blocks of so many seconds as one: the higher peak, the mean by time, the lower floor."""
+    return MemoryUse(
+        floor_bytes=min(first.floor_bytes, second.floor_bytes),
+        peak_bytes=max(first.peak_bytes, second.peak_bytes),
+        average_bytes=round(
+            (first.average_bytes * first_s + second.average_bytes * second_s) / max(first_s + second_s, 1e-9)
+        ),
+    )
+
+
 def time_weighted_mean(samples: list[tuple[float, int]]) -> int:
     """Mean of a step function given as (time, value) pairs; the single value when no time passed."""
     elapsed = samples[-1][0] - samples[0][0]

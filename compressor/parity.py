@@ -30,14 +30,15 @@ class Pair:
     """Two runtimes compared over all images.
 
     Attributes:
-        difference: Largest absolute difference of a logit, as a fraction of the first one's range over all images.
+        difference: Largest absolute difference of a logit, as a fraction of the first one's range over all images; None
+            where a logit is NaN or infinite.
         agreement: Fraction of images with the same top-1 class.
         disagreeing: Number of images with another top-1 class.
         undecided: How many of those are ties: the first runtime's own logits of the two classes are closer than the
             float tolerance, so that rounding alone picks the winner.
     """
 
-    difference: float
+    difference: float | None
     agreement: float
     disagreeing: int
     undecided: int
@@ -63,14 +64,16 @@ class Parity:
 
 
 def check_float(
-    module: nn.Module, onnx_path: Path, ir_path: Path, images: NDArray[np.uint8], spec: InputSpec
+    module: nn.Module, onnx_path: Path | None, ir_path: Path, images: NDArray[np.uint8], spec: InputSpec
 ) -> Parity:
-    """Compare a float network with its ONNX file and its IR at f32; images (N, H, W, 3) RGB at network size."""
-    outputs = {
-        "torch": torch_logits(module, images, spec),
-        "onnx": onnx_logits(onnx_path, images),
-        "ir_f32": ir_logits(ir_path, images, F32),
-    }
+    """Compare a float network with its ONNX file (None: not published) and its IR at f32.
+
+    Images are (N, H, W, 3) RGB at network size.
+    """
+    outputs = {"torch": torch_logits(module, images, spec)}
+    if onnx_path is not None:
+        outputs["onnx"] = onnx_logits(onnx_path, images)
+    outputs["ir_f32"] = ir_logits(ir_path, images, F32)
     return Parity("float", len(images), compare(outputs))
 
 
@@ -100,13 +103,12 @@ def _pair(first: NDArray[np.float32], second: NDArray[np.float32]) -> Pair:
     if not len(first):
         raise ValueError("parity needs at least one image")
     span = float(np.ptp(first)) or 1.0
-    # NaN in either makes the difference NaN, which no threshold accepts.
     difference = float(np.abs(first - second).max()) / span
     a, b = first.argmax(1), second.argmax(1)
     differing = np.flatnonzero(a != b)
     margins = first[differing, a[differing]] - first[differing, b[differing]]
     return Pair(
-        difference=difference,
+        difference=difference if np.isfinite(difference) else None,
         agreement=1 - len(differing) / len(first),
         disagreeing=len(differing),
         undecided=int((margins <= FLOAT_DIFFERENCE * span).sum()),
@@ -122,7 +124,7 @@ def violations(parity: Parity) -> list[str]:
     found = []
     for name, pair in parity.pairs.items():
         first, _, second = name.partition("/")
-        if not np.isfinite(pair.difference):
+        if pair.difference is None:
             found.append(f"{parity.kind} parity: {first} or {second} gives NaN or infinite logits")
         elif parity.kind == "int8":
             if pair.agreement < INT8_AGREEMENT:

@@ -5,7 +5,6 @@ Invariant: work happens in `RUN.partial/`; `RUN` appears by one rename, after it
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import logging
 import shutil
@@ -18,10 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressor import __version__, environment
+from compressor import environment
 from compressor.artifacts import sha256_of, write_json
 from compressor.checkpoint import Network, load_network, save_network
-from compressor.context import Context, Work
+from compressor.context import Context, Task, Work
 from compressor.data import Dataset, load_dataset
 from compressor.data.batches import to_input
 from compressor.errors import RecipeError, ResourceError, TrainingError
@@ -33,12 +32,12 @@ from compressor.proof import Networks, prove
 from compressor.recipe import DropBlocks, Finetune, Quantize, Recipe, Stage
 from compressor.recipe_loader import load_recipe
 from compressor.report import Footprint, Report, write_report
-from compressor.run_folder import log_file, open_partial, partial_of, publish, remember_stage, stage_is_ready
+from compressor.run_folder import fresh_run_dir, log_file, open_partial, publish, remember_stage, stage_is_ready
 from compressor.stages import not_finite, run_stage
+from compressor.structure import check_scopes
 from compressor.training import frozen_copy
 
 log = logging.getLogger(__name__)
-STAGE_VERSION = 1  # part of every stage key: raise it when a stage's result changes for the same recipe
 
 
 @dataclass
@@ -85,7 +84,7 @@ def compress(
         raise RecipeError("compress(model=...): own networks are not supported yet; name a built-in one in the recipe")
     environment.prepare_process()
     tree, name = _read_recipe(recipe, overrides)
-    run = Path(run_dir) if run_dir else _fresh_run_dir(name)
+    run = Path(run_dir) if run_dir else fresh_run_dir(name)
     if run.name in ("", ".."):
         run = run.resolve()
     with open_partial(run, tree, resume=resume, force=force) as partial, log_file(partial / "run.log"):
@@ -103,13 +102,6 @@ def compress(
         write_report(partial / "report.json", report)
         publish(partial, run, state.records, force=force)
     return report
-
-
-def _fresh_run_dir(name: str) -> Path:
-    """A folder under `runs/` that neither exists nor is being worked on."""
-    first = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    candidates = itertools.chain([first], (first.with_name(f"{first.name}-{i}") for i in itertools.count(2)))
-    return next(path for path in candidates if not path.exists() and not partial_of(path).exists())
 
 
 def _read_recipe(recipe: str | Path | Recipe, overrides: Sequence[str]) -> tuple[Recipe, str]:
@@ -138,6 +130,7 @@ def _prepare(recipe: Recipe, partial: Path, device: str) -> tuple[_Run, Network]
     )
     if not leading_finetunes(recipe) and not weights.head_loaded:
         _refuse_untrained_baseline(recipe, weights)
+    check_scopes(module, recipe.stages)
     example = to_input(data.train.images[:1], spec, "cpu")
     state = _Run(recipe, partial, Context(example, data, device, partial), weights)
     state.notes += [*data.notes, *weights.notes]
@@ -165,7 +158,9 @@ def leading_finetunes(recipe: Recipe) -> int:
 def _refuse_untrained_baseline(recipe: Recipe, weights: WeightsReport) -> None:
     """What only loading the weights tells: their head does not fit the data, so there is nothing to compare with."""
     wanted = [f"stages[{i}]" for i, stage in enumerate(recipe.stages) if _needs_teacher(stage)]
-    wanted += ["budget.accuracy_drop"] if recipe.budget.accuracy_drop is not None else []
+    budget = recipe.budget
+    wanted += ["budget.accuracy_drop"] if budget.accuracy_drop is not None else []
+    wanted += ["budget.accuracy"] if budget.accuracy is not None and budget.accuracy.relative else []
     if wanted:
         raise RecipeError(
             f"{', '.join(wanted)}: needs a trained baseline, but {weights.source} has no head for these classes; "
@@ -204,17 +199,18 @@ def _initialise_head(module: nn.Module, head: str, seed: int) -> None:
 
 
 def _first_key(state: _Run) -> str:
-    """What the first stage depends on: model, weights, data with its preprocessing, seed, versions and device."""
+    """What the first stage depends on: model, weights, data with its preprocessing, seed, code, versions, processor."""
     return _digest(
         {
-            "version": STAGE_VERSION,
-            "toolkit": __version__,
+            "code": environment.code_digest(),
             "model": state.recipe.model.model_dump(mode="json"),
             "weights": state.weights.sha256,
             "data": state.context.data.fingerprint,
             "seed": state.recipe.seed,
             "versions": environment.versions(),
             "device": state.context.device,
+            # What `precision: auto` and `overflow_fix: auto` look at.
+            "isa": sorted(environment.cpu_flags() & {*environment.INT8_FEATURES, *environment.BF16_FEATURES}),
         }
     )
 
@@ -271,19 +267,11 @@ def _run_one(
 ) -> Network:
     """Run one stage and write its folder in one rename."""
     stage = state.recipe.stages[index]
+    task = Task(f"stages[{index}]", state.recipe.seed + index, teacher, baseline)
     work = Work({}, [], [])
     started = time.perf_counter()
     try:
-        outcome = run_stage(
-            stage,
-            network,
-            state.context,
-            work,
-            where=f"stages[{index}]",
-            seed=state.recipe.seed + index,
-            teacher=teacher,
-            baseline=baseline,
-        )
+        outcome = run_stage(stage, network, state.context, task, work)
     except TrainingError as error:
         if not_finite(network.module):
             raise
@@ -305,8 +293,8 @@ def _run_one(
     unfinished = folder.with_name("." + folder.name)
     shutil.rmtree(unfinished, ignore_errors=True)
     save_network(unfinished, outcome.network)
-    if outcome.plan is not None:
-        write_json(unfinished / "plan.json", outcome.plan)
+    if outcome.plans:
+        write_json(unfinished / "plan.json", {"plans": outcome.plans})
     record["files"] = {path.name: sha256_of(path) for path in sorted(unfinished.iterdir())}
     write_json(unfinished / "footprint.json", record)
     shutil.rmtree(folder, ignore_errors=True)

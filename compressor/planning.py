@@ -13,7 +13,7 @@ from torch import nn
 
 from compressor import recipe as spec
 from compressor.data import class_labels
-from compressor.errors import RecipeError, ResourceError
+from compressor.errors import ResourceError
 from compressor.models import build
 from compressor.models.counting import count
 from compressor.models.weights import load_weights
@@ -22,7 +22,14 @@ from compressor.pruning.blocks import drop_blocks
 from compressor.pruning.kernels import replace_kernels
 from compressor.recipe_loader import load_recipe
 from compressor.report import Footprint
-from compressor.structure import choose_blocks, choose_channels, choose_kernels, choose_widths, prune_goals
+from compressor.structure import (
+    choose_blocks,
+    choose_channels,
+    choose_kernels,
+    choose_widths,
+    enough_dropped,
+    prune_goals,
+)
 
 
 def plan_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -84,15 +91,9 @@ def _simulate(
         case spec.DropBlocks():
             # Which blocks go is measured on the trained network; the first ones stand for them here.
             blocks = choose_blocks(module, example, stage, where=where)
-            goal = stage.target.macs.resolve(baseline.macs) if stage.target else None
+            done = enough_dropped(stage, blocks, example, baseline, where=where)
             dropped = 0
-            while dropped != stage.count and (goal is None or count(module, example).macs > goal):
-                if dropped == len(blocks) - stage.min_blocks:
-                    reached = count(module, example).macs
-                    raise RecipeError(
-                        f"{where}.target: {dropped} blocks can be dropped, which leaves {reached:,} MACs "
-                        f"({reached / (baseline.macs or reached):.3f}x of the baseline); ask for no less than that"
-                    )
+            while not done(module, dropped):
                 drop_blocks(module, [blocks[dropped]])
                 dropped += 1
             return f"drop_blocks: {dropped} of {len(blocks)}", {}

@@ -30,7 +30,7 @@ from compressor.export import convert_float_ir, publish_float, publish_int8, sav
 from compressor.metrics import paired_interval, top1, wilson_interval
 from compressor.models.counting import count
 from compressor.parity import check_float, check_int8, violations
-from compressor.recipe import Finetune, Recipe
+from compressor.recipe import Finetune, Quantize, Recipe
 from compressor.recipe_loader import recipe_hash
 from compressor.report import Footprint, Report
 from compressor.runtime import DEFAULT, F32, predict
@@ -83,7 +83,7 @@ def prove(
         timing[name] = time.perf_counter() - started
 
     with timed("export"):
-        files = _export(folder, context, networks, extra)
+        files = _export(folder, context, recipe, networks, extra)
     with timed("parity"):
         parity, missed = _parity(context, recipe, networks, files)
     with timed("accuracy"):
@@ -122,7 +122,7 @@ def prove(
         ),
         parity=parity,
         audit=speed.pop("audit"),
-        benchmark={**speed, "accuracy": accuracy},
+        benchmark={**speed, "accuracy": accuracy, "retraining": retrain},
         data={"fingerprint": context.data.fingerprint, "labels": list(context.data.labels), **context.data.info},
         weights=weights,
         recipe={"hash": recipe_hash(recipe), **recipe.model_dump(mode="json")},
@@ -136,16 +136,16 @@ def prove(
     )
 
 
-def _export(folder: Path, context: Context, networks: Networks, notes: list[str]) -> dict[str, Path]:
+def _export(folder: Path, context: Context, recipe: Recipe, networks: Networks, notes: list[str]) -> dict[str, Path]:
     """Write every artifact; returns the IR of the baseline and of the result, and what parity compares."""
-    data = context.data
+    data, opset = context.data, recipe.export.opset
     files = {"baseline": folder / "baseline_fp32.xml"}
-    save_ir(convert_float_ir(networks.baseline.module.cpu(), data.spec, data.labels), files["baseline"])
-    published = publish_float(networks.floating.module.cpu(), data.spec, data.labels, folder / "result_fp32")
+    save_ir(convert_float_ir(networks.baseline.module, data.spec, data.labels), files["baseline"])
+    published = publish_float(networks.floating.module, data.spec, data.labels, folder / "result_fp32", opset=opset)
     assert published.onnx is not None
     files["floating"], files["floating_onnx"], files["result"] = published.xml, published.onnx, published.xml
     if networks.quantized is not None:
-        published = publish_int8(networks.quantized.module.cpu(), data.spec, data.labels, folder / "result_int8")
+        published = publish_int8(networks.quantized.module, data.spec, data.labels, folder / "result_int8", opset=opset)
         files["result"] = files["quantized"] = published.xml
         if published.onnx is None:
             notes.append("no INT8 ONNX: onnxruntime refuses per-channel activations (quantize.per_channel_activations)")
@@ -162,13 +162,16 @@ def _parity(
     order = np.random.default_rng(recipe.seed).permutation(len(data.test.labels))
     chosen = np.sort(order[: recipe.export.parity_images])
     images = data.test.images[chosen]
-    floating = check_float(networks.floating.module.cpu(), files["floating_onnx"], files["floating"], images, data.spec)
-    figures: dict[str, Any] = {"images": len(images), "float": dataclasses.asdict(floating)}
-    missed = violations(floating)
+    dense = check_float(networks.baseline.module, None, files["baseline"], images, data.spec)
+    floating = check_float(networks.floating.module, files["floating_onnx"], files["floating"], images, data.spec)
+    figures: dict[str, Any] = {
+        "images": len(images),
+        "baseline": dataclasses.asdict(dense),
+        "float": dataclasses.asdict(floating),
+    }
+    missed = [f"baseline: {line}" for line in violations(dense)] + violations(floating)
     if networks.quantized is not None:
-        int8 = check_int8(
-            networks.quantized.module.cpu(), files.get("quantized_onnx"), files["quantized"], images, data.spec
-        )
+        int8 = check_int8(networks.quantized.module, files.get("quantized_onnx"), files["quantized"], images, data.spec)
         figures["int8"] = dataclasses.asdict(int8)
         missed += violations(int8)
     return figures, [f"parity: {line}" for line in missed]
@@ -238,7 +241,7 @@ def _native_images(
 @torch.no_grad()
 def _eager_ms(network: Network, context: Context, calls: int = 20) -> float:
     """Median milliseconds of PyTorch in eager mode, batch 1, float32, channels_last: for reference."""
-    module = network.module.cpu().eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    module = network.module.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     example = context.example.to(memory_format=torch.channels_last)
     times = []
     for call in range(calls + 3):
@@ -250,11 +253,16 @@ def _eager_ms(network: Network, context: Context, calls: int = 20) -> float:
 
 
 def _retrain_memory(context: Context, recipe: Recipe, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Memory of the last `finetune` rerun alone, from its own slim weights, in a process of its own."""
-    last = max((i for i, stage in enumerate(recipe.stages) if isinstance(stage, Finetune)), default=None)
+    """Memory of the last `finetune` rerun alone, from the final slim weights, in a process of its own.
+
+    Those weights are the last stage's, unless they were quantized after that `finetune`: then the last float ones.
+    """
+    stages = recipe.stages
+    last = max((i for i, stage in enumerate(stages) if isinstance(stage, Finetune)), default=None)
     if last is None:
         return {"error": "the recipe has no finetune stage"}
-    folder = context.run_dir / "stages" / f"{last:02d}-{records[last]['type']}"
+    slim = next((i - 1 for i in range(last, len(stages)) if isinstance(stages[i], Quantize)), len(stages) - 1)
+    folder = context.run_dir / "stages" / f"{slim:02d}-{records[slim]['type']}"
     command = [
         sys.executable,
         "-P",  # what lies in the working folder is not imported

@@ -157,7 +157,7 @@ class Budget(BaseModel):
                 continue
             limit = bound.resolve(reference)
             tolerance = LATENCY_TOLERANCE if name.startswith("latency") else 1.0
-            if measured < limit if name in LOWER_BOUNDS else measured > limit * tolerance:
+            if measured < limit - 1e-9 if name in LOWER_BOUNDS else measured > limit * tolerance:
                 relation = "below" if name in LOWER_BOUNDS else "above"
                 missed.append(f"budget.{name}: measured {measured:.6g}, {relation} the bound of {_show(bound, limit)}")
         if self.accuracy_drop is not None:

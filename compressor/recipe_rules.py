@@ -21,6 +21,7 @@ def broken_rules(data: object) -> Iterator[tuple[KeyPath, str]]:
     yield from _order(stages)
     yield from _teacher(root, stages)
     yield from _geometry(root, stages)
+    yield from _measurable(root, stages)
 
 
 def _mapping(value: object) -> Mapping[str, Any]:
@@ -81,6 +82,38 @@ def _head_may_be_trained(root: Mapping[str, Any]) -> bool:
     """A file may hold a head that fits, and ImageNet's fits a folder of its classes: only loading the weights tells."""
     weights, source = _mapping(root.get("model")).get("weights", "imagenet"), _mapping(root.get("data")).get("source")
     return weights not in ("imagenet", "none") or (weights == "imagenet" and source == "image_folder")
+
+
+def _measurable(root: Mapping[str, Any], stages: list[Mapping[str, Any]]) -> Iterator[tuple[KeyPath, str]]:
+    """A budget that no result can meet is refused now, not after the training."""
+    benchmark = _mapping(root.get("benchmark"))
+    trains = [stage.get("type") == "finetune" for stage in stages]
+    for name, bound in _mapping(root.get("budget")).items():
+        if bound is None or not isinstance(name, str):
+            continue
+        relative, text = isinstance(bound, str), ""
+        if name == "throughput_fps" and benchmark.get("throughput_s", 0) is None:
+            text = "but benchmark.throughput_s is null, so it is not measured"
+        elif name.startswith("retrain_") and not any(trains):
+            text = "but no stage is a finetune that could be rerun"
+        elif name.startswith("retrain_") and relative:
+            text = "but only the result is retrained; allowed: an absolute number"
+        elif name.startswith("train_") and relative and not any(trains[:1]):
+            text = "but the baseline is not trained; allowed: an absolute number"
+        elif name.startswith("train_") and _fraction(bound) < 1:
+            text = "but the result's training includes the baseline's; allowed: 1x or more, or an absolute number"
+        if text:
+            # The same number read from text and from a built recipe (1e9, 1000000000) is one fault.
+            shown = f"{bound:.6g}" if isinstance(bound, int | float) else repr(bound)[:20]
+            yield ("budget", name), f"found {shown}, {text}"
+
+
+def _fraction(bound: object) -> float:
+    """The number of a bound such as 0.5x; 1 for anything else, which other rules judge."""
+    try:
+        return float(bound.removesuffix("x")) if isinstance(bound, str) else 1.0
+    except ValueError:
+        return 1.0
 
 
 def _geometry(root: Mapping[str, Any], stages: list[Mapping[str, Any]]) -> Iterator[tuple[KeyPath, str]]:

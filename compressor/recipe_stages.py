@@ -226,7 +226,11 @@ class ReduceChannels(BaseModel):
     width: Width = Field(
         default=1.0, description="Fraction of channels kept in every group that `widths` does not name."
     )
-    widths: Mapping[str, Width] = Field(default={}, description="Fraction kept, by glob over module names.")
+    widths: Mapping[str, Width] = Field(
+        default={},
+        description="Fraction kept, by glob over channel groups, which go by the name of their first layer; in "
+        "Xception the stream that the middle flow adds to is block3.skip.",
+    )
     init: Init = Field(
         default="inherit", description="Keep the most important channels' weights, or start from random ones."
     )

@@ -36,10 +36,10 @@ def retrain(run: Path, stage_folder: Path, index: int, steps: int) -> dict[str, 
     assert isinstance(stage, Training)
     spec = input_spec(recipe)
     torch.manual_seed(recipe.seed)
+    data = load_dataset(spec=spec, cache=cache_dir() / "data", seed=recipe.seed, **recipe.data.model_dump())
+    network = load_network(stage_folder)
+    options = stage.model_dump(exclude={"type", "augment", "distill", "epochs", "steps", "patience"})
     with measure_memory() as memory:
-        data = load_dataset(spec=spec, cache=cache_dir() / "data", seed=recipe.seed, **recipe.data.model_dump())
-        network = load_network(stage_folder)
-        options = stage.model_dump(exclude={"type", "augment", "distill", "epochs", "steps", "patience"})
         finetune(
             network.module,
             train=data.train,

@@ -3,11 +3,14 @@
 Invariant: `RUN` appears by one rename after its manifest is written; nothing finished is lost unasked.
 """
 
+import errno
 import fcntl
+import itertools
 import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +21,13 @@ from compressor.artifacts import MANIFEST, atomic_write, sha256_of, write_json, 
 from compressor.errors import RecipeError, ResourceError
 from compressor.recipe import Recipe
 from compressor.recipe_loader import load_recipe, recipe_hash, resolved_yaml
+
+
+def fresh_run_dir(name: str) -> Path:
+    """A folder under `runs/`, named after the recipe and the time, that neither exists nor is being worked on."""
+    first = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    candidates = itertools.chain([first], (first.with_name(f"{first.name}-{i}") for i in itertools.count(2)))
+    return next(path for path in candidates if not path.exists() and not partial_of(path).exists())
 
 
 @contextmanager
@@ -76,7 +86,7 @@ def _lock(handle: int, partial: Path) -> None:
 def _settle(partial: Path, recipe: Recipe, *, resume: bool, force: bool) -> None:
     """Refuse or clear away what is in a locked folder; then write the recipe there."""
     stored = partial / "recipe.yaml"
-    if any(partial.iterdir()) and not stored.is_file():
+    if any(not path.name.startswith(".") for path in partial.iterdir()) and not stored.is_file():
         raise RecipeError(f"{partial}: not the folder of an unfinished run; choose another place with --out")
     if resume:
         if stored.is_file() and recipe_hash(load_recipe(stored).recipe) != recipe_hash(recipe):
@@ -85,16 +95,20 @@ def _settle(partial: Path, recipe: Recipe, *, resume: bool, force: bool) -> None
                 "--force starts again, --out takes another place"
             )
         for path in partial.glob(".*"):  # what a killed process was writing
-            path.unlink()
+            _remove(path)
     else:
         if not force and any((partial / "stages").glob("[0-9]*")):
             raise RecipeError(f"{partial}: an unfinished run is there; --resume continues it, --force starts again")
-        for path in partial.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        for path in sorted(partial.iterdir(), key=lambda path: path == stored):  # the recipe last: it marks the folder
+            _remove(path)
     atomic_write(stored, resolved_yaml(recipe))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 @contextmanager
@@ -129,8 +143,10 @@ def stage_is_ready(folder: Path, key: str) -> bool:
             shutil.copyfile(source / name, unfinished / name)
         if any(sha256_of(unfinished / name) != digest for name, digest in files.items()):
             raise ValueError(f"{source} is not what it was")
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(f"{folder}: cannot be written ({error.strerror}); free some space") from error
         return False
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)

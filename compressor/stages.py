@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from compressor import recipe as spec
 from compressor.checkpoint import Network
-from compressor.context import Context, Work, train
+from compressor.context import Context, Task, Work, located, train
 from compressor.data import calibration_indices
 from compressor.data.batches import to_input
 from compressor.errors import TrainingError, UnsupportedModelError
@@ -21,7 +21,7 @@ from compressor.folding import equalize_depthwise, fold_batchnorm
 from compressor.memory import measure_memory
 from compressor.models.counting import count
 from compressor.pruning.groups import resolve_scope
-from compressor.quantization import quantize
+from compressor.quantization import quantize, resolve_overflow_fix
 from compressor.report import Footprint
 from compressor.structure import drop_blocks_stage, prune_stage, reduce_channels_stage, replace_kernels_stage
 from compressor.training import evaluate
@@ -31,33 +31,26 @@ EQUALIZE_IMAGES = 64  # ranges of channels need fewer images than the quantizers
 
 @dataclass(frozen=True)
 class Outcome:
-    """A stage's network and what happened: figures for the footprint, details for the report, a plan for people."""
+    """A stage's network and what happened: figures for the footprint, details for the report, plans for people."""
 
     network: Network
     footprint: Footprint
     details: dict[str, Any]
     notes: tuple[str, ...] = ()
-    plan: dict[str, Any] | None = None
+    plans: tuple[dict[str, Any], ...] = ()
 
 
 def run_stage(
     stage: spec.Stage,
     network: Network,
     context: Context,
+    task: Task,
     work: Work,
-    *,
-    where: str,
-    seed: int,
-    teacher: nn.Module | None,
-    baseline: Footprint,
 ) -> Outcome:
     """Run one stage; `network.module` may be changed in place, the returned network is the one to keep.
 
     Args:
         work: empty; after an error its edits say how far `network.module` has been changed.
-        where: key path of the stage in the recipe, for messages.
-        teacher: the frozen baseline, for distillation.
-        baseline: what targets such as `0.4x` are fractions of.
 
     Raises:
         UnsupportedModelError: the stage changed the shape or type of the outputs.
@@ -67,32 +60,34 @@ def run_stage(
     module = network.module
     match stage:
         case spec.Finetune():
-            _finetune(module, stage, context, work, seed=seed, teacher=teacher)
+            _finetune(module, stage, context, task, work)
         case spec.Prune():
-            prune_stage(module, stage, context, work, where=where, seed=seed, teacher=teacher, baseline=baseline)
+            prune_stage(module, stage, context, task, work)
         case spec.ReduceChannels():
-            reduce_channels_stage(module, stage, context, work, where=where, seed=seed)
+            reduce_channels_stage(module, stage, context, task, work)
         case spec.ReplaceKernels():
-            replace_kernels_stage(module, stage, context, work, where=where, seed=seed)
+            replace_kernels_stage(module, stage, context, task, work)
         case spec.DropBlocks():
-            drop_blocks_stage(module, stage, context, work, where=where, seed=seed, teacher=teacher, baseline=baseline)
+            drop_blocks_stage(module, stage, context, task, work)
         case spec.Quantize():
-            module = _quantize(module, stage, context, work, where=where, seed=seed)
+            module = _quantize(module, stage, context, task, work)
         case _:
             assert_never(stage)
     after = _signature(module, context.example)
     if after != before:
         raise UnsupportedModelError(
-            f"{where}: outputs were {before} and became {after}; this is a fault of the toolkit, please report it"
+            f"{task.where}: outputs were {before} and became {after}; this is a fault of the toolkit, please report it"
         )
     if bad := not_finite(module):
         raise TrainingError(
-            f"{where}: {len(bad)} tensors are not finite any more, first {bad[0]}; lower the learning rate"
+            f"{task.where}: {len(bad)} tensors are not finite any more, first {bad[0]}; lower the learning rate"
         )
     kept = dataclasses.replace(
         network, module=module, edits=(*network.edits, *work.edits), quantizer=work.quantizer or network.quantizer
     )
-    return Outcome(kept, _footprint(kept, context, work), work.details, tuple(work.notes), work.plan)
+    return Outcome(
+        kept, _footprint(kept, context, work), work.details, tuple(dict.fromkeys(work.notes)), tuple(work.plans)
+    )
 
 
 def not_finite(module: nn.Module) -> list[str]:
@@ -105,10 +100,9 @@ def not_finite(module: nn.Module) -> list[str]:
 
 
 def _signature(module: nn.Module, example: Tensor) -> tuple[tuple[int, ...], str]:
-    device = next(module.parameters()).device
     module.eval()
     with torch.no_grad():
-        out = module(example.to(device))
+        out = module(example)
     return tuple(out.shape), str(out.dtype)
 
 
@@ -127,33 +121,34 @@ def _footprint(network: Network, context: Context, work: Work) -> Footprint:
     )
 
 
-def _finetune(
-    module: nn.Module, stage: spec.Finetune, context: Context, work: Work, *, seed: int, teacher: nn.Module | None
-) -> None:
+def _finetune(module: nn.Module, stage: spec.Finetune, context: Context, task: Task, work: Work) -> None:
     with measure_memory() as memory:
-        result = train(module, stage, context, seed=seed, teacher=teacher)
+        result = train(module, stage, context, task)
     work.memory, work.train_time_s = memory, result.seconds
     work.details = dataclasses.asdict(result)
 
 
-def _quantize(
-    module: nn.Module, stage: spec.Quantize, context: Context, work: Work, *, where: str, seed: int
-) -> nn.Module:
-    module.to("cpu")
-    ignored = resolve_scope(module, stage.ignored_scope, where=f"{where}.ignored_scope")
+def _quantize(module: nn.Module, stage: spec.Quantize, context: Context, task: Task, work: Work) -> nn.Module:
+    resolve_scope(module, stage.ignored_scope, where=f"{task.where}.ignored_scope")
     pairs = fold_batchnorm(module, context.example)
     work.edits.append({"type": "fold_bn", "pairs": [list(pair) for pair in pairs]})
     train = context.data.train
-    chosen = calibration_indices(train, stage.subset_size, seed)
+    chosen = calibration_indices(train, stage.subset_size, task.seed)
     calibration: Sequence[Tensor] = [to_input(train.images[i : i + 1], context.data.spec, "cpu") for i in chosen]
     equalized = equalize_depthwise(module, calibration[:EQUALIZE_IMAGES]) if stage.equalize else []
-    quantized, work.quantizer = quantize(
-        module,
-        calibration,
-        preset=stage.preset,
-        ignored_scope=sorted(ignored),
-        per_channel_activations=stage.per_channel_activations,
-        overflow_fix=stage.overflow_fix,
-    )
-    work.details = {"folded": len(pairs), "equalized": len(equalized), "calibration_images": len(chosen)}
+    with located(task.where):
+        quantized, work.quantizer = quantize(
+            module,
+            calibration,
+            preset=stage.preset,
+            ignored_scope=stage.ignored_scope,
+            per_channel_activations=stage.per_channel_activations,
+            overflow_fix=stage.overflow_fix,
+        )
+    work.details = {
+        "folded": len(pairs),
+        "equalized": len(equalized),
+        "calibration_images": len(chosen),
+        "overflow_fix": resolve_overflow_fix(stage.overflow_fix),
+    }
     return quantized

@@ -4,8 +4,7 @@ Invariant: what is done to the network is also appended to `work.edits`, so that
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -13,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from compressor import recipe as spec
-from compressor.context import Context, Work, recovery
+from compressor.context import Context, Task, Work, located, recovery
 from compressor.data import Split, calibration_indices
 from compressor.data.batches import to_input
 from compressor.errors import RecipeError
 from compressor.models.counting import count
 from compressor.pruning.apply import apply_plan
 from compressor.pruning.blocks import find_blocks
+from compressor.pruning.coupling import ChannelGroup
 from compressor.pruning.depth import drop_greedily
 from compressor.pruning.groups import find_groups, resolve_scope
 from compressor.pruning.importance import score_groups
@@ -38,7 +38,7 @@ def _reestimate(module: nn.Module, passes: int, context: Context, seed: int) -> 
 def _apply_plan(module: nn.Module, plan: PrunePlan, context: Context, work: Work) -> None:
     apply_plan(module, plan, context.example)
     work.edits.append({"type": "prune", "plan": plan.to_dict()})
-    work.plan = plan.to_dict()
+    work.plans.append(plan.to_dict())
     work.notes += [f"group {name} was left as it was: {reason}" for name, reason in plan.skipped.items()]
 
 
@@ -53,13 +53,15 @@ def _loss_batches(context: Context, count_batches: int, size: int, seed: int) ->
     ]
 
 
-@contextmanager
-def _located(where: str) -> Iterator[None]:
-    """Say which stage a decision failed in; the algorithms that decide do not know recipes."""
-    try:
-        yield
-    except RecipeError as error:
-        raise RecipeError(f"{where}: {error}") from error
+def check_scopes(module: nn.Module, stages: Iterable[spec.Stage]) -> None:
+    """Every glob of every stage names something in the network; known before the first stage, not hours into the run.
+
+    Raises:
+        RecipeError: one does not.
+    """
+    for index, stage in enumerate(stages):
+        for key in ("scope", "ignored_scope"):
+            resolve_scope(module, getattr(stage, key, ()), where=f"stages[{index}].{key}")
 
 
 def choose_channels(
@@ -73,13 +75,13 @@ def choose_channels(
     ratio: float | None = None,
     macs: int | None = None,
     params: int | None = None,
+    full: dict[str, int] | None = None,
 ) -> PrunePlan:
     """Decide what a prune stage removes; without `batches`, by magnitude instead of a gradient-based importance."""
-    ignored = resolve_scope(module, stage.ignored_scope, where=f"{where}.ignored_scope")
-    groups = find_groups(module, example, ignored=ignored)
+    groups = _groups(module, example, stage, where)
     kind = stage.importance if batches is not None else "magnitude"
     scores = score_groups(module, groups, kind=kind, loss_batches=batches, seed=seed)
-    with _located(where):
+    with located(where):
         return decide_plan(
             module,
             example,
@@ -91,48 +93,54 @@ def choose_channels(
             target_params=params,
             round_to=stage.round_to,
             min_channels=stage.min_channels,
+            full=full,
         )
 
 
-def prune_stage(
-    module: nn.Module,
-    stage: spec.Prune,
-    context: Context,
-    work: Work,
-    *,
-    where: str,
-    seed: int,
-    teacher: nn.Module | None,
-    baseline: Footprint,
-) -> None:
+def _groups(
+    module: nn.Module, example: Tensor, stage: spec.Prune | spec.ReduceChannels, where: str
+) -> list[ChannelGroup]:
+    return find_groups(
+        module, example, ignored=resolve_scope(module, stage.ignored_scope, where=f"{where}.ignored_scope")
+    )
+
+
+def prune_stage(module: nn.Module, stage: spec.Prune, context: Context, task: Task, work: Work) -> None:
     """Remove channels in `iterations` equal steps, each scored afresh, with recovery between them."""
-    module.to("cpu")
-    start = count(module, context.example)
-    goal_macs, goal_params = prune_goals(stage, baseline)
-    recover = recovery(stage.recovery, context, work, seed=seed, teacher=teacher)
+    example, where = context.example, task.where
+    start = count(module, example)
+    macs, params = prune_goals(stage, task.baseline)
+    full = None
+    if stage.iterations > 1:
+        # Whether the end can be reached is known before the first step, and what a ratio refers to is what is here now.
+        choose_channels(
+            module, example, stage, where=where, seed=task.seed, ratio=stage.pruning_ratio, macs=macs, params=params
+        )
+        full = {group.name: group.channels for group in _groups(module, example, stage, where)}
+    recover = recovery(stage.recovery, context, task, work)
     steps = []
     for i in range(stage.iterations):
         share = (i + 1) / stage.iterations
         plan = choose_channels(
             module,
-            context.example,
+            example,
             stage,
             where=where,
-            seed=seed + i,
-            batches=_loss_batches(context, stage.importance_batches, 32, seed + i)
+            seed=task.seed + i,
+            batches=_loss_batches(context, stage.importance_batches, 32, task.seed + i)
             if stage.importance == "taylor"
             else None,
-            ratio=None if stage.pruning_ratio is None else 1 - (1 - stage.pruning_ratio) ** (1 / stage.iterations),
-            macs=None if goal_macs is None else _between(start.macs, goal_macs, share),
-            params=None if goal_params is None else _between(start.params, goal_params, share),
+            ratio=None if stage.pruning_ratio is None else 1 - (1 - stage.pruning_ratio) ** share,
+            macs=None if macs is None else _between(start.macs, macs, share),
+            params=None if params is None else _between(start.params, params, share),
+            full=full,
         )
         _apply_plan(module, plan, context, work)
-        _reestimate(module, stage.bn_batches, context, seed)
-        now = count(module, context.example)
+        _reestimate(module, stage.bn_batches, context, task.seed)
+        now = count(module, example)
         steps.append({"macs": now.macs, "params": now.params})
         if i + 1 < stage.iterations:
             recover(module, i)
-            module.to("cpu")
     work.details["iterations"] = steps
 
 
@@ -153,10 +161,9 @@ def choose_widths(
     module: nn.Module, example: Tensor, stage: spec.ReduceChannels, *, where: str, seed: int
 ) -> PrunePlan:
     """Decide which channels stay at the stage's widths: those of largest magnitude."""
-    ignored = resolve_scope(module, stage.ignored_scope, where=f"{where}.ignored_scope")
-    groups = find_groups(module, example, ignored=ignored)
+    groups = _groups(module, example, stage, where)
     scores = score_groups(module, groups, kind="magnitude", loss_batches=None, seed=seed)
-    with _located(where):
+    with located(where):
         return width_plan(
             module,
             example,
@@ -170,15 +177,15 @@ def choose_widths(
 
 
 def reduce_channels_stage(
-    module: nn.Module, stage: spec.ReduceChannels, context: Context, work: Work, *, where: str, seed: int
+    module: nn.Module, stage: spec.ReduceChannels, context: Context, task: Task, work: Work
 ) -> None:
     """Give every channel group a fraction of its width."""
-    module.to("cpu")
-    _apply_plan(module, choose_widths(module, context.example, stage, where=where, seed=seed), context, work)
+    plan = choose_widths(module, context.example, stage, where=task.where, seed=task.seed)
+    _apply_plan(module, plan, context, work)
     if stage.init == "random":
-        _reinitialise(module, seed)
+        _reinitialise(module, task.seed)
         work.notes.append("all weights were drawn anew (init: random)")
-    _reestimate(module, stage.bn_batches, context, seed)
+    _reestimate(module, stage.bn_batches, context, task.seed)
 
 
 def _reinitialise(module: nn.Module, seed: int) -> None:
@@ -197,7 +204,7 @@ def choose_kernels(module: nn.Module, stage: spec.ReplaceKernels, *, where: str)
     """
     ignored = resolve_scope(module, stage.ignored_scope, where=f"{where}.ignored_scope")
     resolve_scope(module, stage.scope, where=f"{where}.scope")
-    with _located(where):
+    with located(where):
         names = [name for name in find_kernels(module, stage.scope) if name not in ignored]
     if not names:
         raise RecipeError(f"{where}.ignored_scope: leaves no convolution of {list(stage.scope)} to replace")
@@ -205,15 +212,14 @@ def choose_kernels(module: nn.Module, stage: spec.ReplaceKernels, *, where: str)
 
 
 def replace_kernels_stage(
-    module: nn.Module, stage: spec.ReplaceKernels, context: Context, work: Work, *, where: str, seed: int
+    module: nn.Module, stage: spec.ReplaceKernels, context: Context, task: Task, work: Work
 ) -> None:
     """Turn k x k convolutions into 1x1."""
-    module.to("cpu")
-    names = choose_kernels(module, stage, where=where)
-    replace_kernels(module, names, init=stage.init, seed=seed)
+    names = choose_kernels(module, stage, where=task.where)
+    replace_kernels(module, names, init=stage.init, seed=task.seed)
     work.edits.append({"type": "replace_kernels", "modules": names})
     work.details["modules"] = names
-    _reestimate(module, stage.bn_batches, context, seed)
+    _reestimate(module, stage.bn_batches, context, task.seed)
 
 
 def choose_blocks(module: nn.Module, example: Tensor, stage: spec.DropBlocks, *, where: str) -> list[str]:
@@ -236,61 +242,58 @@ def choose_blocks(module: nn.Module, example: Tensor, stage: spec.DropBlocks, *,
     return blocks
 
 
-def drop_blocks_stage(
-    module: nn.Module,
-    stage: spec.DropBlocks,
-    context: Context,
-    work: Work,
-    *,
-    where: str,
-    seed: int,
-    teacher: nn.Module | None,
-    baseline: Footprint,
-) -> None:
-    """Drop residual blocks, least harmful first, with recovery after each."""
-    module.to("cpu")
-    blocks = choose_blocks(module, context.example, stage, where=where)
+def enough_dropped(
+    stage: spec.DropBlocks, blocks: list[str], example: Tensor, baseline: Footprint, *, where: str
+) -> Callable[[nn.Module, int], bool]:
+    """Whether a network from which so many of `blocks` are gone has lost what the stage asks for.
+
+    Raises (when called):
+        RecipeError: no block may go any more and the target is not reached.
+    """
     goal = stage.target.macs.resolve(baseline.macs) if stage.target else None
-    recover = recovery(stage.recovery, context, work, seed=seed, teacher=teacher)
 
     def done(network: nn.Module, dropped: int) -> bool:
         if goal is None:
             return dropped == stage.count
-        if count(network, context.example).macs <= goal:
-            return True
-        if dropped == len(blocks) - stage.min_blocks:
-            reached = count(network, context.example).macs
+        macs = count(network, example).macs
+        if macs > goal and dropped >= len(blocks) - stage.min_blocks:
             raise RecipeError(
-                f"{where}.target: {dropped} blocks can be dropped, which leaves {reached} MACs "
-                f"({reached / (baseline.macs or reached):.3f}x of the baseline); ask for no less than that"
+                f"{where}.target: {dropped} blocks can be dropped, which leaves {macs:,} MACs "
+                f"({macs / (baseline.macs or macs):.3f}x of the baseline); ask for no less than that"
             )
-        return False
+        return macs <= goal
 
+    return done
+
+
+def drop_blocks_stage(module: nn.Module, stage: spec.DropBlocks, context: Context, task: Task, work: Work) -> None:
+    """Drop residual blocks, least harmful first, with recovery after each."""
+    blocks = choose_blocks(module, context.example, stage, where=task.where)
+    recover = recovery(stage.recovery, context, task, work)
+    done = enough_dropped(stage, blocks, context.example, task.baseline, where=task.where)
     edit: dict[str, Any] = {"type": "drop_blocks", "modules": []}
     work.edits.append(edit)
 
     def mend(network: nn.Module, index: int) -> None:
         edit["modules"] = [name for name in blocks if isinstance(network.get_submodule(name), nn.Identity)]
-        _reestimate(network, stage.bn_batches, context, seed)
+        _reestimate(network, stage.bn_batches, context, task.seed)
         recover(network, index)
 
-    drops = drop_greedily(module, blocks, done=done, loss=_measured_loss(stage, context, teacher, seed), recover=mend)
+    drops = drop_greedily(module, blocks, done=done, loss=_measured_loss(stage, context, task), recover=mend)
     work.details["drops"] = [dataclasses.asdict(drop) for drop in drops]
 
 
-def _measured_loss(
-    stage: spec.DropBlocks, context: Context, teacher: nn.Module | None, seed: int
-) -> Callable[[nn.Module], float]:
+def _measured_loss(stage: spec.DropBlocks, context: Context, task: Task) -> Callable[[nn.Module], float]:
     """Cross-entropy on validation, or distillation loss on training images; the same images every time."""
     data, device = context.data, context.device
     dtype = choose_precision("auto", device)  # candidates are compared with each other, so bf16's rounding is harmless
     if stage.metric == "val_loss":
-        chosen = calibration_indices(data.val, stage.metric_images, seed)
+        chosen = calibration_indices(data.val, stage.metric_images, task.seed)
         part = Split(data.val.images[chosen], data.val.labels[chosen], tuple(data.val.names[i] for i in chosen))
         return lambda network: evaluate(network, part, data.spec, device=device, dtype=dtype)[1]
-    assert teacher is not None, "the recipe validator demands a baseline before distillation"
-    images = data.train.images[calibration_indices(data.train, stage.metric_images, seed)]
-    wanted = torch.log_softmax(predict(teacher, images, data.spec, device=device, dtype=dtype) / DISTILL_T, dim=1)
+    assert task.teacher is not None, "the recipe validator demands a baseline before distillation"
+    images = data.train.images[calibration_indices(data.train, stage.metric_images, task.seed)]
+    wanted = torch.log_softmax(predict(task.teacher, images, data.spec, device=device, dtype=dtype) / DISTILL_T, dim=1)
 
     def distance(network: nn.Module) -> float:
         got = torch.log_softmax(predict(network, images, data.spec, device=device, dtype=dtype) / DISTILL_T, dim=1)

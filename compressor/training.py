@@ -1,7 +1,7 @@
 """One training loop for baseline, recovery after pruning, and quantization-aware training.
 
 Invariant: given the same seed, threads and machine, the same weights come out; on any error the network holds its last
-good weights.
+good weights. Of a network's home only `finetune` lets it stay on `device`; the others bring it back.
 """
 
 import copy
@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,7 +28,8 @@ from compressor.preprocess import InputSpec
 
 log = logging.getLogger(__name__)
 EVALUATION_BATCH = 64
-# An epoch whose mean loss is this many times the larger of the first epoch's and chance level has diverged.
+# An epoch whose mean loss is this many times the larger of the first epoch's and chance level has diverged; the first
+# epoch is compared with its own first step.
 DIVERGED = 4.0
 
 
@@ -58,10 +60,11 @@ class Progress:
 
 @dataclass
 class TrainingResult:
-    """What `finetune` did; the network itself holds the weights of `best_epoch`."""
+    """What `finetune` did; the network itself holds the weights of `best_epoch` (-1: those it started from)."""
 
     history: list[Epoch] = field(default_factory=list)
     best_epoch: int = -1
+    start_accuracy: float = 0.0
     val_accuracy: float = 0.0
     val_loss: float = math.inf
     steps: int = 0
@@ -92,6 +95,17 @@ def autocast(dtype: torch.dtype, device: str) -> torch.autocast:
     return torch.autocast(device, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16)
 
 
+@contextmanager
+def visiting(module: nn.Module, device: str) -> Iterator[nn.Module]:
+    """Move a network to `device` for the block, and back to where it was."""
+    home = next(module.parameters()).device
+    module.to(device)
+    try:
+        yield module
+    finally:
+        module.to(home)
+
+
 @torch.no_grad()
 def predict(
     module: nn.Module,
@@ -105,10 +119,10 @@ def predict(
     was_training = module.training
     module.eval()
     outputs = []
-    for start in range(0, len(images), EVALUATION_BATCH):
-        with autocast(dtype, device):
+    with visiting(module, device), autocast(dtype, device):
+        for start in range(0, len(images), EVALUATION_BATCH):
             out = module(to_input(images[start : start + EVALUATION_BATCH], spec, device))
-        outputs.append(out.float().cpu())
+            outputs.append(out.float().cpu())
     module.train(was_training)
     return torch.cat(outputs)
 
@@ -242,11 +256,14 @@ def finetune(
 ) -> TrainingResult:
     """Train `module` in place and leave it with the weights that did best on `val` (accuracy, then loss).
 
+    The weights it starts from compete too: a short recovery, or training after quantization, cannot make things worse.
+
     Args:
         epochs: passes over `train`; validated after each.
         steps: optimiser steps instead of epochs; validated after each pass and at the end.
         patience: stop after this many epochs without a better validation accuracy.
         ema: decay of an exponential moving average of the weights; when given, the average is validated and kept.
+        device: where it trains; `module` and the teacher are moved there and stay there (see `visiting`).
 
     Raises:
         TrainingError: the loss is not finite or has diverged; the last good weights are in `module`.
@@ -266,6 +283,9 @@ def finetune(
 
     result = TrainingResult(precision=str(dtype).removeprefix("torch."))
     good = snapshot(module)
+    result.start_accuracy, loss_at_start = evaluate(module, val, spec, device=device, dtype=dtype)
+    if math.isfinite(loss_at_start):
+        result.val_accuracy, result.val_loss = result.start_accuracy, loss_at_start
     chance = math.log(max(2, _classes(module, train, spec, device)))
     started = time.perf_counter()
     for epoch in range(epochs):
@@ -299,18 +319,24 @@ def finetune(
             result.images += len(y)
             _report_step(result, total, epoch, epochs, losses, started)
         mean_loss = float(np.mean(losses))
-        first = result.history[0].loss if result.history else mean_loss
+        first = result.history[0].loss if result.history else losses[0]
         if mean_loss > DIVERGED * max(first, chance):
             module.load_state_dict(good)
             raise TrainingError(
-                f"training diverged: mean loss {mean_loss:.3g} in epoch {epoch + 1}, {first:.3g} in the first; the last"
+                f"training diverged: mean loss {mean_loss:.3g} in epoch {epoch + 1}, {first:.3g} at first; the last"
                 f" good weights are kept. Lower learning_rate (now {learning_rate:g})"
             )
         trained = snapshot(module) if average else None
         if average:
             module.load_state_dict(average.state)
         accuracy, val_loss = evaluate(module, val, spec, device=device, dtype=dtype)
-        better = (accuracy, -val_loss) > (result.val_accuracy, -result.val_loss) or result.best_epoch < 0
+        if not math.isfinite(val_loss):
+            module.load_state_dict(good)
+            raise TrainingError(
+                f"the validation loss became {val_loss} after epoch {epoch + 1}; the last good weights are kept. Lower "
+                f"learning_rate (now {learning_rate:g}) or set clip_norm"
+            )
+        better = (accuracy, -val_loss) > (result.val_accuracy, -result.val_loss)
         if better:
             result.best_epoch, result.val_accuracy, result.val_loss = epoch, accuracy, val_loss
             good = snapshot(module)
@@ -334,6 +360,11 @@ def finetune(
             break
     module.load_state_dict(good)
     module.eval()
+    if result.best_epoch < 0:
+        log.warning(
+            "no epoch did better on validation than the weights it started from (%.4f); those are kept",
+            result.val_accuracy,
+        )
     result.seconds = time.perf_counter() - started
     return result
 
@@ -370,10 +401,10 @@ def reestimate_batchnorm(
         m.momentum = None  # cumulative average
         m.train()
     generator = torch.Generator().manual_seed(seed)
-    for x, _ in itertools.islice(
-        batches(split, spec, size=size, generator=generator, augment=None, device=device), passes
-    ):
-        module(x)
+    shuffled = batches(split, spec, size=size, generator=generator, augment=None, device=device)
+    with visiting(module, device):
+        for x, _ in itertools.islice(shuffled, passes):
+            module(x)
     module.train(was_training)
     for m, (momentum, training) in zip(norms, saved, strict=True):
         m.momentum = momentum

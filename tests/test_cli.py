@@ -28,6 +28,7 @@ from compressor.errors import (
     TrainingError,
     UnsupportedModelError,
 )
+from compressor.run_folder import fresh_run_dir, partial_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPE = "recipes/xception_slim.yaml"
@@ -91,6 +92,13 @@ def test_help_names_every_command_and_exit_code(capsys: pytest.CaptureFixture[st
         (["a.yml", "--out", "b"], ["run", "a.yml", "--out", "b"]),
         (["--json", "a.yaml"], ["run", "--json", "a.yaml"]),
         (["--out", "b", "a.yaml"], ["run", "--out", "b", "a.yaml"]),
+        (["--out", "plan", "a.yaml"], ["run", "--out", "plan", "a.yaml"]),
+        (["--out", "runs/x", "a.yaml"], ["run", "--out", "runs/x", "a.yaml"]),
+        (
+            ["--set", "seed=1", "--device", "cpu", "plan", "a.yaml"],
+            ["plan", "--set", "seed=1", "--device", "cpu", "a.yaml"],
+        ),
+        (["--out"], ["--out"]),
         (["--json", "validate", "a.yaml"], ["validate", "--json", "a.yaml"]),
         (["plan", "a.yaml"], ["plan", "a.yaml"]),
         (["run", "validate"], ["run", "validate"]),
@@ -163,6 +171,7 @@ ERRORS: list[tuple[BaseException, int]] = [
     (MissingDependencyError("c"), 5),
     (ResourceError("c"), 5),
     (MemoryError("c"), 5),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes"), 5),
     (OSError(errno.ENOSPC, "c"), 5),
     (PermissionError(errno.EACCES, "c"), 5),
     (FileNotFoundError(errno.ENOENT, "c"), 1),
@@ -246,10 +255,15 @@ def test_ctrl_c_before_anything_was_begun_offers_nothing(
     assert interrupted(replace, capsys, ["a.yaml"]) == "compressor: interrupted\n"
 
 
-def test_runs_get_fresh_folders_named_after_the_recipe() -> None:
-    folder = cli.default_run_dir(Path("recipes/mine.yaml"))
+def test_runs_get_fresh_folders_named_after_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = fresh_run_dir("mine")
     assert folder.parent == Path("runs")
     assert folder.name.startswith("mine-20")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda _: "now")
+    partial_of(Path("runs/mine-now")).mkdir(parents=True)
+    Path("runs/mine-now-2").mkdir()
+    assert fresh_run_dir("mine") == Path("runs/mine-now-3")
 
 
 @pytest.mark.parametrize("place", [".", "..", "/"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from compressor.errors import TrainingError
 from compressor.pruning.blocks import find_blocks
 from compressor.pruning.depth import drop_greedily, measure_without
 
@@ -95,6 +96,13 @@ def test_ties_are_decided_by_the_order_of_the_blocks(order: tuple[str, ...]) -> 
     network = Chain(0.3, 0.3, 0.3)
     drops = drop_greedily(network, order, done=until(2), loss=lambda _: 1.0, recover=nothing)
     assert [drop.block for drop in drops] == list(order[:2])
+
+
+def test_a_loss_that_is_not_a_number_stops_the_stage() -> None:
+    with pytest.raises(TrainingError, match=r"without blocks\.0 is nan"):
+        drop_greedily(
+            Chain(0.1, 0.2), ["blocks.0", "blocks.1"], done=until(1), loss=lambda _: float("nan"), recover=nothing
+        )
 
 
 def test_measuring_leaves_the_network_as_it_was() -> None:

@@ -92,6 +92,10 @@ def test_folders_and_labels_must_be_the_same_set(tmp_path: Path) -> None:
     (root / "crab").mkdir()
     with pytest.raises(DataError, match="crab: no image in it"):
         list_images(root, NAMES)
+    (root / "crab" / "notes.txt").write_text("no image")
+    assert [path.name for _, path in list_images(root, NAMES)].count("notes.txt") == 1
+    with pytest.raises(DataError, match=r"notes\.txt: a file; give a folder"):
+        list_images(root / "crab" / "notes.txt", NAMES)
     (root / "sea_horse").mkdir()
     with pytest.raises(DataError, match="same class 'sea_horse'"):
         list_images(root, NAMES)

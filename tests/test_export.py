@@ -69,6 +69,19 @@ def test_onnx_takes_pixels_in_any_batch(case: Case) -> None:
         np.testing.assert_allclose(together, single, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("opset", [17, 20])
+def test_the_operator_set_is_the_one_asked_for(case: Case, opset: int, tmp_path: Path) -> None:
+    images = pictures(4)
+    for name, published in (
+        ("float", publish_float(case.float_network, SPEC, LABELS, tmp_path / "float", opset=opset)),
+        ("int8", publish_int8(case.quantized, SPEC, LABELS, tmp_path / "int8", opset=opset)),
+    ):
+        assert published.onnx is not None
+        assert {entry.domain: entry.version for entry in onnx.load(published.onnx).opset_import}[""] == opset
+        expected = onnx_logits(case.float_files.onnx if name == "float" else case.int8_files.onnx, images)  # type: ignore[arg-type]
+        np.testing.assert_allclose(onnx_logits(published.onnx, images), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_int8_onnx_stores_int8_and_no_batchnorm(case: Case) -> None:
     assert case.int8_files.onnx is not None
     model = onnx.load(case.int8_files.onnx)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressor.memory import measure_memory, time_weighted_mean
+from compressor.memory import MemoryUse, joined, measure_memory, time_weighted_mean
 
 
 def test_short_spike_between_samples_is_in_the_peak() -> None:
@@ -39,6 +39,11 @@ def test_mean_lies_between_smallest_and_largest(steps: list[tuple[float, int]]) 
     mean = time_weighted_mean(samples)
     values = [v for _, v in samples]
     assert min(values) - 1 <= mean <= max(values) + 1
+
+
+def test_joined_blocks_weigh_by_time() -> None:
+    whole = joined(MemoryUse(10, 300, 100), 9.0, MemoryUse(20, 200, 200), 1.0)
+    assert (whole.floor_bytes, whole.peak_bytes, whole.average_bytes) == (10, 300, 110)
 
 
 def test_error_inside_still_ends_the_sampler() -> None:

@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -221,7 +222,7 @@ def test_nothing_in_the_folder_is_a_pickle(finished: Finished) -> None:
         assert b"data.pkl" not in path.read_bytes()
 
 
-@pytest.mark.parametrize("missed", ["budget", "parity"])
+@pytest.mark.parametrize("missed", ["budget", "parity", "NaN"])
 def test_a_missed_budget_or_gate_leaves_a_failed_report_and_no_artifacts(
     missed: str,
     tiny_images: Path,
@@ -232,6 +233,8 @@ def test_a_missed_budget_or_gate_leaves_a_failed_report_and_no_artifacts(
     budget = {"macs": "0.5x", "size_bytes": "1.0x"} if missed == "budget" else {}
     if missed == "parity":
         monkeypatch.setattr(parity, "FLOAT_DIFFERENCE", -1.0)
+    if missed == "NaN":
+        monkeypatch.setattr(parity, "onnx_logits", lambda _, images: np.full((len(images), 4), np.nan, np.float32))
     recipe = write_recipe(tmp_path / "recipe.yaml", tiny_images, SHORT, budget=budget)
     assert main([str(recipe), "--out", str(tmp_path / "run"), "--json", "-q"]) == 3
     printed = json.loads(capsys.readouterr().out)
@@ -242,10 +245,29 @@ def test_a_missed_budget_or_gate_leaves_a_failed_report_and_no_artifacts(
     assert all(missed in reason for reason in report.verdict["reasons"])
     assert any("macs" in reason for reason in report.verdict["reasons"]) == (missed == "budget")
     assert report.result.accuracy is not None, "what was measured stays"
+    assert (report.parity["float"]["pairs"]["torch/onnx"]["difference"] is None) == (missed == "NaN")
+    assert report.parity["baseline"]["pairs"].keys() == {"torch/ir_f32"}
+    assert any(reason.startswith("parity: baseline: ") for reason in report.verdict["reasons"]) == (missed == "parity")
     assert report.artifacts == ()
     assert not (tmp_path / "run" / "artifacts").exists()
     assert verify_manifest(tmp_path / "run") == []
     assert not (tmp_path / "run.partial").exists()
+
+
+def test_a_scope_that_names_nothing_is_found_before_anything_is_trained(tiny_images: Path, tmp_path: Path) -> None:
+    late = {**QUANTIZE, "ignored_scope": ["block2", "blok3"]}
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_images, SHORT, late)
+    with pytest.raises(RecipeError, match=r"stages\[1\]\.ignored_scope\[1\]: 'blok3' .*did you mean 'block3'"):
+        compress(recipe, tmp_path / "run")
+    assert not list(tmp_path.glob("run.partial/stages/*"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_run_that_trains_on_cuda_goes_through_every_stage(tiny_images: Path, tmp_path: Path) -> None:
+    stages = (SHORT, DROP, PRUNE, {**SHORT, "distill": {}}, QUANTIZE, SHORT)
+    report = compress(write_recipe(tmp_path / "recipe.yaml", tiny_images, *stages), tmp_path / "run", device="cuda")
+    assert report.environment["training_device"] == "cuda"
+    assert all(stage["footprint"]["val_accuracy"] is not None for stage in report.stages)
 
 
 def test_an_untrained_baseline_has_no_accuracy(tiny_images: Path, tmp_path: Path) -> None:

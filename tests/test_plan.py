@@ -36,6 +36,14 @@ class Case:
             seed=spec.seed,
         )
 
+    def prune(self, plan: PrunePlan) -> None:
+        apply_plan(self.net, plan, self.example)
+        self.groups = find_groups(self.net, self.example, ignored=())
+        self.scores = score_groups(self.net, self.groups, kind="magnitude", loss_batches=None, seed=0)
+
+    def widths(self) -> dict[str, int]:
+        return {group.name: group.channels for group in self.groups}
+
     def decide(self, **settings: Any) -> PrunePlan:
         defaults: dict[str, Any] = {
             "ranking": "global",
@@ -162,8 +170,39 @@ def test_every_group_is_pruned_as_asked_or_listed() -> None:
     assert plan.skipped["fc"] == "its channels are outputs of the network"
     assert "kept at 8 of 12 channels by round_to 4 and min_channels 6" in plan.skipped["stem.conv"]
     gentle = case.decide(ranking="local", pruning_ratio=0.05, round_to=4)
-    assert "removing 0.05 of its 12 channels rounds to none with round_to 4" in gentle.skipped["stem.conv"]
+    assert "keeping 0.95 of 12 channels rounds to its 12 with round_to 4" in gentle.skipped["stem.conv"]
     assert not gentle.keep
+
+
+def test_a_ratio_in_steps_ends_where_one_step_would() -> None:
+    full = {group.name: group.channels for group in Case().groups}
+    for ranking in ("local", "global"):
+        once, case = Case(), Case()
+        asked: dict[str, Any] = {"ranking": ranking, "round_to": 4, "min_channels": 4}
+        once.prune(once.decide(pruning_ratio=0.4, **asked))
+        for share in (0.25, 0.5, 0.75, 1.0):
+            case.prune(case.decide(pruning_ratio=1 - 0.6**share, full=full, **asked))
+        if ranking == "local":
+            assert case.widths() == once.widths()
+        else:
+            assert abs(sum(case.widths().values()) - sum(once.widths().values())) <= 4
+
+
+def test_a_global_ratio_that_cannot_be_reached_lists_every_group() -> None:
+    case = Case()
+    plan = case.decide(pruning_ratio=0.9, round_to=4, min_channels=8)
+    assert plan.skipped.keys() == {group.name for group in case.groups}
+    assert "pruning_ratio is not reached" in plan.skipped["stem.conv"]
+
+
+def test_a_width_for_a_layer_that_is_not_the_root_of_its_group_is_noted() -> None:
+    plan = Case().width(1.0, overrides={"pieces.0.*": 0.5})
+    assert any(name.startswith("pieces.0.") for name in plan.keep)
+    assert "stem.conv" not in plan.keep
+    assert "widths['pieces.0.*'] matches 'pieces.0.b'" in plan.skipped["stem.conv"]
+    named = Case().width(1.0, overrides={"pieces.0.*": 0.5, "stem.conv": 0.75})
+    assert len(named.keep["stem.conv"]) < named.channels["stem.conv"]
+    assert "matches" not in named.skipped.get("stem.conv", "")
 
 
 def test_same_seed_same_plan_and_equal_scores_in_channel_order() -> None:
@@ -181,11 +220,9 @@ def test_width_is_a_fraction_kept_with_overrides_by_group() -> None:
     assert len(plan.keep["pieces.1.c.conv"]) == 8 or len(plan.keep["pieces.1.c.conv"]) == 10
     assert "pieces.0.a.conv" not in plan.keep
     assert not case.width(1.0).keep
-    with pytest.raises(RecipeError, match=r"overrides\['pieces.0.b'\] matches no channel group; .* group 'stem.conv'"):
+    with pytest.raises(RecipeError, match=r"widths\['pieces.0.b'\] matches no channel group; .* group 'stem.conv'"):
         case.width(0.5, overrides={"pieces.0.b": 0.5})
-    with pytest.raises(
-        RecipeError, match=r"overrides\['stem.cnv'\] matches no channel group; did you mean 'stem.conv'"
-    ):
+    with pytest.raises(RecipeError, match=r"widths\['stem.cnv'\] matches no channel group; did you mean 'stem.conv'"):
         case.width(0.5, overrides={"stem.cnv": 0.5})
     with pytest.raises(RecipeError, match=r"0 < width <= 1; found 1\.5"):
         case.width(1.5)

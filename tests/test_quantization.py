@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from compressor import quantization
 from compressor.errors import RecipeError, UnsupportedModelError
-from compressor.fake_quantize import NativeKernels
+from compressor.fake_quantize import AsymmetricQuantize, SymmetricQuantize, fake_quantize, fake_quantize_gradients
 from compressor.folding import apply_fold, equalize_depthwise, fold_batchnorm
 from compressor.models.xception import Xception
 from compressor.quantization import load_quantized, quantize, resolve_overflow_fix
@@ -213,15 +213,38 @@ def test_kernels_equal_nncf_reference(low: Tensor, span: Tensor, level_low: int,
     levels = level_high - level_low + 1
     x, grad = (torch.randn(4, 8, 6, 6).mul_(2).contiguous(memory_format=torch.channels_last) for _ in range(2))
     arrays = [value.numpy() for value in (x, low, span)]
-    out = NativeKernels.Quantize_forward(x, low, span, levels)
+    out = fake_quantize(x, low, span, levels)
     assert out.is_contiguous(memory_format=torch.channels_last)
     expected = torch.from_numpy(reference.forward(*(a.copy() for a in arrays), levels))
     # Both round to the nearest of the same levels; exact ties may go either way.
     assert ((out - expected).abs() > 1e-5).float().mean() < 0.01
-    grads = NativeKernels.Quantize_backward(grad, x, low, span, levels, level_low, level_high)
+    grads = fake_quantize_gradients(grad, x, low, span, levels, level_low, level_high)
     wanted = reference.backward(grad.numpy().copy(), *(a.copy() for a in arrays), levels, level_low, level_high)
     for got, want in zip(grads, wanted, strict=True):
         torch.testing.assert_close(got, torch.as_tensor(want).reshape(got.shape), rtol=1e-3, atol=2e-2)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_half_precision_rounds_activations_only(symmetric: bool) -> None:
+    x = torch.randn(4, 8, 6, 6).mul_(2).bfloat16()
+    grad = torch.randn(4, 8, 6, 6).bfloat16()
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        ranges = [torch.tensor([-1.5]), torch.tensor([2.7])] if not symmetric else [torch.tensor([1.37])]
+        inputs = [x.detach().to(dtype), *ranges]
+        for value in inputs:
+            value.requires_grad_(True)
+        quantizer = SymmetricQuantize if symmetric else AsymmetricQuantize
+        out = quantizer.apply(*inputs, *((-128, 127, 256) if symmetric else (0, 255, 256)))
+        assert out.dtype == dtype
+        out.backward(grad.to(dtype))
+        results.append([out, *(value.grad for value in inputs)])
+    half, full = results
+    assert torch.equal(half[0], full[0].bfloat16())
+    assert torch.equal(half[1], full[1].bfloat16())
+    for got, want in zip(half[2:], full[2:], strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, want)
 
 
 def test_equalising_changes_nothing_in_float_and_narrows_the_spread() -> None:

@@ -244,6 +244,32 @@ def test_an_absolute_accuracy_needs_no_baseline() -> None:
     assert faults_of(stages=[PRUNE, TRAIN], budget={"accuracy": 0.9}) == []
 
 
+@pytest.mark.parametrize(
+    ("changes", "key", "why"),
+    [
+        (
+            {"budget": {"retrain_peak_memory_bytes": "0.5x"}},
+            "retrain_peak_memory_bytes",
+            "only the result is retrained",
+        ),
+        ({"budget": {"retrain_avg_memory_bytes": 1e9}, "stages": [PRUNE]}, "retrain_avg_memory_bytes", "no stage"),
+        ({"budget": {"train_time_s": "0.9x"}}, "train_time_s", "includes the baseline's"),
+        ({"budget": {"train_peak_memory_bytes": "2x"}, "stages": [PRUNE, TRAIN]}, "train_peak_memory_bytes", "is not"),
+        ({"budget": {"throughput_fps": 9}, "benchmark": {"throughput_s": None}}, "throughput_fps", "is not measured"),
+    ],
+)
+def test_a_budget_that_nothing_can_meet_is_refused(changes: dict[str, Any], key: str, why: str) -> None:
+    texts = faults_of(**changes)
+    assert len(texts) == 1
+    assert texts[0].startswith(f"budget.{key}: found ")
+    assert why in texts[0]
+
+
+def test_budgets_that_can_be_met_are_taken() -> None:
+    budget = {"retrain_peak_memory_bytes": 1e9, "train_peak_memory_bytes": "1x", "train_time_s": "3x"}
+    assert faults_of(budget=budget, stages=[TRAIN, PRUNE, TRAIN]) == []
+
+
 def test_quarter_turns_need_a_square_input() -> None:
     turned = [{**TRAIN, "augment": {"rotate90": True}}]
     assert faults_of(stages=turned) == []

@@ -30,6 +30,32 @@ def test_retraining_is_measured_and_writes_nothing(tiny_network: None, tiny_imag
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("stages", "slim", "options"),
+    [
+        ((SHORT, PRUNE), "01-prune", 0),
+        ((SHORT, PRUNE, QUANTIZE), "01-prune", 0),
+        ((SHORT, PRUNE, QUANTIZE, SHORT), "03-finetune", 3),
+        ((SHORT,), "00-finetune", 0),
+    ],
+)
+def test_what_is_retrained_is_the_slim_network(
+    stages: tuple[dict[str, object], ...],
+    slim: str,
+    options: int,
+    tiny_images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = Recipe.model_validate(tiny_recipe(tiny_images, *stages))
+    context = Context(torch.zeros(1, 3, 48, 48), None, "cpu", tmp_path)  # type: ignore[arg-type]
+    seen: list[list[str]] = []
+    done = subprocess.CompletedProcess([], 0, "{}", "")
+    monkeypatch.setattr(proof.subprocess, "run", lambda command, **_: seen.append(command) or done)
+    proof._retrain_memory(context, recipe, [{"type": stage.type} for stage in recipe.stages])
+    assert seen[0][-3:-1] == [str(tmp_path / "stages" / slim), str(options)]
+
+
 @pytest.fixture
 def asked(tiny_images: Path, tmp_path: Path) -> tuple[Context, Recipe, list[dict[str, str]]]:
     """What a run with two finetunes asks to have measured."""

@@ -1,5 +1,6 @@
 """The folder of a run: nothing finished is lost unasked, one process at a time, stages reused where nothing changed."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 from tiny_networks import DISTILLED, DROP, FINETUNE, PRUNE, QUANTIZE, SHORT, contents, write_recipe
 
+from compressor import run_folder
 from compressor.artifacts import verify_manifest
 from compressor.environment import cache_dir
 from compressor.errors import DataError, RecipeError, ResourceError
@@ -99,10 +101,31 @@ def test_an_unfinished_run_is_continued_or_cleared_only_when_asked(
         compress(recipe, tmp_path / "run")
     assert contents(unfinished) == before
     (unfinished / ".report.tmp123.json").write_text("half of")
+    (unfinished / ".hidden").mkdir()
     with open_partial(tmp_path / "run", tree, resume=True, force=False):
         assert contents(unfinished) == before, "the stage is kept, what was being written is not"
     with open_partial(tmp_path / "run", tree, resume=False, force=True):
         assert contents(unfinished).keys() == {"recipe.yaml"}
+
+
+def test_a_folder_in_which_only_the_recipe_was_being_written_can_be_used(tree: Recipe, tmp_path: Path) -> None:
+    partial = partial_of(tmp_path / "run")
+    partial.mkdir()
+    (partial / ".recipe.tmp123.yaml").write_text("half of")
+    with open_partial(tmp_path / "run", tree, resume=False, force=False):
+        assert contents(partial).keys() == {"recipe.yaml"}
+
+
+def test_a_full_disk_is_not_taken_for_a_stage_that_is_missing(
+    own_stages: Path, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_folder.shutil, "copyfile", full)
+    recipe = write_recipe(tmp_path / "again.yaml", tiny_images, SHORT)
+    with pytest.raises(ResourceError, match=r"00-finetune: cannot be written \(No space left on device\)"):
+        compress(recipe, tmp_path / "again")
 
 
 def test_another_recipe_does_not_continue_a_run(tiny_images: Path, unfinished: Path, tmp_path: Path) -> None:

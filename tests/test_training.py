@@ -93,6 +93,34 @@ def test_steps_end_training_inside_an_epoch() -> None:
     assert (result.steps, result.images, len(result.history)) == (8, 8 * 16, 2)
 
 
+def test_weights_that_training_only_spoils_are_kept() -> None:
+    module = network()
+    run(module, epochs=6, learning_rate=2e-2)
+    before = copy.deepcopy(module.state_dict())
+    result = run(module, epochs=1, learning_rate=5.0, optimizer="sgd", clip_norm=0.5)
+    assert result.best_epoch == -1
+    assert (result.val_accuracy, result.val_loss < result.history[0].val_loss) == (result.start_accuracy, True)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_divergence_within_the_first_epoch_is_seen() -> None:
+    module = network()
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(TrainingError, match=r"diverged: mean loss .* in epoch 1, .* at first"):
+        run(module, epochs=1, learning_rate=1e4, optimizer="sgd", clip_norm=None)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_a_validation_loss_that_is_no_number_stops_and_keeps_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = network()
+    before = copy.deepcopy(module.state_dict())
+    figures = iter([(0.3, 1.0), (0.0, math.nan)])
+    monkeypatch.setattr(training, "evaluate", lambda *_, **__: next(figures))
+    with pytest.raises(TrainingError, match="the validation loss became nan after epoch 1"):
+        run(module, epochs=1)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
 def test_patience_stops_when_validation_no_longer_rises() -> None:
     result = run(network(), epochs=30, patience=2, learning_rate=1e-12)
     assert len(result.history) == 3
@@ -119,7 +147,7 @@ def test_divergence_stops_and_keeps_the_best_weights(monkeypatch: pytest.MonkeyP
     best: dict[str, torch.Tensor] = {}
     monkeypatch.setattr(training, "snapshot", lambda m: best.update(copy.deepcopy(m.state_dict())) or dict(best))
     with pytest.raises(
-        TrainingError, match=r"diverged: mean loss .* in epoch 3, .* in the first; the last good weights are"
+        TrainingError, match=r"diverged: mean loss .* in epoch 3, .* at first; the last good weights are"
     ):
         run(module, epochs=6)
     assert all(torch.equal(value, best[name]) for name, value in module.state_dict().items())

@@ -5,6 +5,7 @@ inside the archive.
 """
 
 import os
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -89,7 +90,13 @@ def raise_faults(where: str, faults: list[str]) -> None:
     raise DataError("\n  - ".join([f"{where}: {len(faults)} faults", *shown, *more]))
 
 
-def _is_ignored(part: str) -> bool:
+def label_of(folder: str) -> str:
+    """Class name of a folder: white space becomes `_`, because OpenVINO's model_info joins labels by spaces."""
+    return re.sub(r"\s", "_", folder)
+
+
+def is_ignored(part: str) -> bool:
+    """Whether a file or folder name is one that systems leave behind, or hidden."""
     return part.startswith(".") or part.lower() in _IGNORED
 
 
@@ -119,7 +126,7 @@ def _open_folder(path: Path) -> FileTree:
 def _walk(folder: Path, prefix: str, depth: int) -> Iterator[tuple[os.DirEntry[str], str]]:
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda e: e.name):
-            if _is_ignored(entry.name):
+            if is_ignored(entry.name):
                 continue
             name = prefix + entry.name
             yield entry, name
@@ -144,7 +151,7 @@ def _open_tar(path: Path) -> FileTree:
                 where, name = f"{path}:{member.name}", "/".join(parts)
                 if member.name.startswith("/") or ".." in parts or "\\" in member.name:
                     faults.append(f"{where}: a path that leaves the archive; pack the folder with relative names")
-                elif not parts or any(_is_ignored(p) for p in parts):
+                elif not parts or any(is_ignored(p) for p in parts):
                     continue
                 elif member.isdir():
                     folders.add(name)

@@ -3,7 +3,6 @@
 Invariant: every file of a class folder is either an image of that class or a fault; none is passed over.
 """
 
-import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from compressor.data.files import FileEntry, FileTree
+from compressor.data.files import FileEntry, FileTree, label_of
 from compressor.errors import did_you_mean
 
 SPLITS = ("train", "val", "test")
@@ -151,9 +150,9 @@ def _split_folder_faults(tree: FileTree, top: str, first: set[str]) -> list[str]
 
 
 def _labels(classes: set[str], tree: FileTree, top: str) -> tuple[tuple[str, ...], list[str]]:
-    """Labels in index order. White space is replaced because OpenVINO's model_info joins labels by spaces."""
+    """Labels in index order."""
     folders = sorted(classes)
-    labels = tuple(re.sub(r"\s", "_", folder) for folder in folders)
+    labels = tuple(label_of(folder) for folder in folders)
     owners = defaultdict(list)
     for folder, label in zip(folders, labels, strict=True):
         owners[label].append(folder)

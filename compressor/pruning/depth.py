@@ -4,11 +4,13 @@ Invariant: a choice depends only on measured losses; equal losses are decided by
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
+from compressor.errors import TrainingError
 from compressor.pruning.blocks import drop_blocks
 
 log = logging.getLogger(__name__)
@@ -51,11 +53,17 @@ def drop_greedily(
         done: asked before each drop, with the number dropped so far.
         loss: the measured loss, lower is better (validation or distillation loss).
         recover: trains the network a little after each drop; gets the drop's index.
+
+    Raises:
+        TrainingError: a measured loss is not finite.
     """
     remaining = list(blocks)
     drops: list[Drop] = []
     while remaining and not done(module, len(drops)):
         candidates = {name: measure_without(module, name, loss) for name in remaining}
+        for name, value in candidates.items():
+            if not math.isfinite(value):
+                raise TrainingError(f"the loss measured without {name} is {value}; the network before it is no good")
         chosen = min(remaining, key=lambda name: candidates[name])
         remaining.remove(chosen)
         drop_blocks(module, [chosen])

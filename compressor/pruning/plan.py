@@ -106,6 +106,7 @@ def decide_plan(
     target_params: int | None,
     round_to: int,
     min_channels: int,
+    full: Mapping[str, int] | None = None,
 ) -> PrunePlan:
     """Choose the channels to keep; the network is left untouched.
 
@@ -125,6 +126,8 @@ def decide_plan(
         target_params: Most parameters.
         round_to: Kept channels of a pruned group are a multiple of this.
         min_channels: Channels that every group keeps at least.
+        full: Group name to the channels it had before earlier steps of the same stage: what `pruning_ratio` refers to,
+            so that rounding does not add up over steps. By default, what the groups have now.
 
     Raises:
         RecipeError: If the settings contradict each other or the target cannot be reached; the message tells the range.
@@ -140,24 +143,30 @@ def decide_plan(
     if ranking not in ("local", "global"):
         raise RecipeError(f"prune: ranking '{ranking}' is not one of local, global")
     order = {group.name: _ascending(group, scores) for group in groups if group.prunable}
+    whole = {group.name: (full or {}).get(group.name, group.channels) for group in groups}
     skipped = _unprunable(groups, round_to, min_channels)
     steps = [
         step
         for group in groups
         if group.name not in skipped
-        for step in steps_of(group, scores[group.name], order[group.name], ranking, round_to, min_channels)
+        for step in steps_of(
+            group, scores[group.name], order[group.name], ranking, round_to, min_channels, whole[group.name]
+        )
     ]
     steps.sort(key=lambda step: step.key)  # stable: equal keys keep network order, so the same seed gives the same plan
     if pruning_ratio is None:
         length = shortest_prefix(module, example, groups, steps, targets)
     elif ranking == "local":
         length = sum(step.key <= pruning_ratio for step in steps)
-        skipped |= _held_back(groups, steps[:length], skipped, pruning_ratio, round_to, min_channels)
+        skipped |= _held_back(groups, whole, steps[:length], skipped, pruning_ratio, round_to, min_channels)
     else:
-        allowance = pruning_ratio * sum(group.channels for group in groups if group.prunable)
-        length, gone = 0, 0
+        prunable = [group for group in groups if group.prunable]
+        allowance = pruning_ratio * sum(whole[group.name] for group in prunable)
+        length, gone = 0, sum(whole[group.name] - group.channels for group in prunable)
         while length < len(steps) and (gone := gone + steps[length].before - steps[length].after) <= allowance:
             length += 1
+        if length == len(steps) and gone < allowance - round_to:
+            skipped |= _at_the_floor(groups, skipped, round_to, min_channels)
     kept = {step.group: step.after for step in steps[:length]}
     settings: dict[str, Setting] = {
         "ranking": ranking,
@@ -198,7 +207,7 @@ def width_plan(
     """
     del module, example
     _check_settings(round_to, min_channels)
-    for name, value in {"width": width, **{f"overrides['{glob}']": value for glob, value in overrides.items()}}.items():
+    for name, value in {"width": width, **{f"widths['{glob}']": value for glob, value in overrides.items()}}.items():
         if not 0 < value <= 1:
             raise RecipeError(
                 f"reduce_channels: {name} is the fraction of channels kept, 0 < width <= 1; found {value}"
@@ -216,7 +225,8 @@ def width_plan(
         taken = [step for step in steps if step.key <= ratio]
         if taken:
             kept[group.name] = taken[-1].after
-        skipped |= _held_back([group], taken, {}, ratio, round_to, min_channels)
+        skipped |= _held_back([group], {group.name: group.channels}, taken, {}, ratio, round_to, min_channels)
+    skipped |= _named_by_another_layer(groups, overrides)
     settings: dict[str, Setting] = {
         "width": width,
         "overrides": dict(overrides),
@@ -244,7 +254,25 @@ def _check_override(glob: str, groups: Sequence[ChannelGroup]) -> None:
         (g.name for g in groups for m in g.members if m.kind != "in" and fnmatch.fnmatchcase(m.layer, glob)), None
     )
     hint = f"; its channels belong to group '{owner}'" if owner else did_you_mean(glob, names)
-    raise RecipeError(f"reduce_channels: overrides['{glob}'] matches no channel group{hint}")
+    raise RecipeError(f"reduce_channels: widths['{glob}'] matches no channel group{hint}")
+
+
+def _named_by_another_layer(groups: Sequence[ChannelGroup], overrides: Mapping[str, float]) -> dict[str, str]:
+    """Groups that a glob meant, perhaps, but did not name: it matches a layer that writes to them, not their root."""
+    missed = {}
+    for group in groups:
+        if not group.prunable or any(fnmatch.fnmatchcase(group.name, glob) for glob in overrides):
+            continue
+        for glob in overrides:
+            writer = next(
+                (m.layer for m in group.members if m.kind == "out" and fnmatch.fnmatchcase(m.layer, glob)), None
+            )
+            if writer is not None:
+                missed[group.name] = (
+                    f"widths['{glob}'] matches '{writer}', but a group goes by its first layer: name '{group.name}' "
+                    "too to change its width"
+                )
+    return missed
 
 
 def _unprunable(groups: Sequence[ChannelGroup], round_to: int, min_channels: int) -> dict[str, str]:
@@ -269,8 +297,22 @@ def _ascending(group: ChannelGroup, scores: Mapping[str, Tensor]) -> list[int]:
     return sorted(range(group.channels), key=lambda decision: (values[decision], decision))
 
 
+def _at_the_floor(
+    groups: Sequence[ChannelGroup], skipped: Mapping[str, str], round_to: int, min_channels: int
+) -> dict[str, str]:
+    """Reasons where every group has shrunk as far as it may and the ratio is still not reached."""
+    floor = fewest_kept(round_to, min_channels)
+    return {
+        group.name: f"kept at {floor} of {group.channels} channels by round_to {round_to} and min_channels "
+        f"{min_channels}: pruning_ratio is not reached"
+        for group in groups
+        if group.name not in skipped
+    }
+
+
 def _held_back(
     groups: Sequence[ChannelGroup],
+    whole: Mapping[str, int],
     taken: Sequence[Step],
     skipped: Mapping[str, str],
     ratio: float,
@@ -282,12 +324,13 @@ def _held_back(
     floor = fewest_kept(round_to, min_channels)
     notes: dict[str, str] = {}
     for group in groups:
-        asked = (1 - ratio) * group.channels
-        if group.name in skipped or ratio == 0:
+        asked = (1 - ratio) * whole[group.name]
+        if group.name in skipped or asked >= group.channels:
             continue
         if group.name not in kept:
             notes[group.name] = (
-                f"removing {ratio:.3g} of its {group.channels} channels rounds to none with round_to {round_to}"
+                f"keeping {1 - ratio:.3g} of {whole[group.name]} channels rounds to its {group.channels} with "
+                f"round_to {round_to}"
             )
         elif kept[group.name] == floor and floor - asked > round_to / 2:
             notes[group.name] = (

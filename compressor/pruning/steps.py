@@ -31,9 +31,17 @@ def fewest_kept(round_to: int, min_channels: int) -> int:
 
 
 def steps_of(
-    group: ChannelGroup, score: Tensor, ascending: Sequence[int], ranking: str, round_to: int, min_channels: int
+    group: ChannelGroup,
+    score: Tensor,
+    ascending: Sequence[int],
+    ranking: str,
+    round_to: int,
+    min_channels: int,
+    full: int | None = None,
 ) -> list[Step]:
     """Every legal shrinking of a group, gentlest first, each with the key it is sorted by.
+
+    `full` is the width that local ratios refer to, where the group has been shrunk before; its present one by default.
 
     Keys rise within a group, so that sorting all groups' steps together never puts a step before its predecessor.
     """
@@ -44,7 +52,7 @@ def steps_of(
     for after in sizes:
         if ranking == "local":
             # The ratio from which `after` is nearer to what is asked than `before`.
-            key = 1 - (before + after) / 2 / group.channels
+            key = 1 - (before + after) / 2 / (full or group.channels)
         else:
             chunk = ascending[group.channels - before : group.channels - after]
             key = sum(values[decision] for decision in chunk) / len(chunk)
@@ -72,8 +80,8 @@ def shortest_prefix(
         if target is not None and target < fewest:
             raise RecipeError(
                 f"prune: a target of {target:,} {unit} cannot be reached; these settings reach from {fewest:,} "
-                f"({fewest / most:.3f}x) to {most:,}. A smaller min_channels or round_to, or less in ignored_scope, "
-                "reaches further"
+                f"({fewest / most:.3f}x of the network at this point) to {most:,}. A smaller min_channels or round_to, "
+                "or less in ignored_scope, reaches further"
             )
 
     def met(length: int) -> bool:
