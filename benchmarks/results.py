@@ -38,7 +38,10 @@ def record(run: Path, name: str) -> None:
     report = read_report(run / "report.json")
     data = report.to_json()
     kept: dict[str, Any] = {key: data[key] for key in KEPT if key in data}
-    kept["stages"] = [{"type": s["type"], "seconds": s["seconds"], "footprint": s["footprint"]} for s in data["stages"]]
+    kept["stages"] = [
+        {"type": s["type"], "seconds": s["seconds"], "images_trained": _images(s), "footprint": s["footprint"]}
+        for s in data["stages"]
+    ]
     (HERE / "results").mkdir(exist_ok=True)
     (HERE / "results" / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
     ledger = HERE / "test_ledger.json"
@@ -56,11 +59,17 @@ def record(run: Path, name: str) -> None:
     ledger.write_text("[\n" + ",\n".join(json.dumps(line) for line in lines) + "\n]\n")
 
 
+def _images(stage: dict[str, Any]) -> int:
+    """Images a stage trained on, each pass counted."""
+    details = stage["details"]
+    return int(details.get("images", 0)) + sum(int(part["images"]) for part in details.get("recovery", []))
+
+
 def table() -> None:
     """Rewrite the README's table from `benchmarks/results/*.json`."""
     rows = [
-        "| run | test accuracy | latency, ms | MACs, M | IR size, MB | training peak, MB |",
-        "|---|---|---|---|---|---|",
+        "| run | test accuracy | latency, ms | MACs, M | IR size, MB | training peak, MB | epochs |",
+        "|---|---|---|---|---|---|---|",
     ]
     for path in sorted((HERE / "results").glob("*.json")):
         data = json.loads(path.read_text())
@@ -71,11 +80,20 @@ def table() -> None:
             _pair(before.macs, after.macs, "{:.0f}", 1e-6),
             _pair(before.size_bytes, after.size_bytes, "{:.1f}", 1e-6),
             _pair(before.train_peak_memory_bytes, after.retrain_peak_memory_bytes, "{:.0f}", 1e-6),
+            _epochs(data),
         ]
         rows.append(f"| `{path.stem}` ({data['verdict']['status']}) | {' | '.join(cells)} |")
     text = README.read_text()
     head, rest = text.split(BEGIN)
     README.write_text(f"{head}{BEGIN}\n" + "\n".join(rows) + f"\n{END}{rest.split(END)[1]}")
+
+
+def _epochs(data: dict[str, Any]) -> str:
+    """Passes over the training images: the baseline's, and all together."""
+    kinds = [stage["type"] for stage in data["stages"]]
+    lead = next((i for i, kind in enumerate(kinds) if kind != "finetune"), len(kinds))
+    images = [stage["images_trained"] for stage in data["stages"]]
+    return _pair(sum(images[:lead]), sum(images), "{:.1f}", 1 / data["data"]["totals"]["train"])
 
 
 def _pair(before: float | None, after: float | None, form: str, scale: float = 1.0) -> str:

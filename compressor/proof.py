@@ -222,10 +222,9 @@ def _benchmark(context: Context, recipe: Recipe, networks: Networks, files: Mapp
         "cpu": cpu_capabilities(),
     }
     if options.throughput_s:
-        speed["throughput_fps"] = {
-            name: measure_throughput(c, images, seconds=options.throughput_s, threads=options.threads)
-            for name, c in pair.items()
-        }
+        speed["throughput_fps"] = measure_throughput(
+            pair, images, seconds=options.throughput_s, threads=options.threads
+        )
     return speed
 
 

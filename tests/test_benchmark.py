@@ -49,7 +49,10 @@ def test_latency_counts_calls_and_orders_quantiles(files: tuple[Published, Publi
 
 
 def test_throughput_counts_finished_images(files: tuple[Published, Published]) -> None:
-    assert measure_throughput(Candidate(files[0].xml), pictures(2), seconds=0.2, threads=1) > 0
+    pair = {"float": Candidate(files[0].xml), "int8": Candidate(files[1].xml)}
+    speed = measure_throughput(pair, pictures(2), seconds=0.2, threads=1)
+    assert speed.keys() == pair.keys()
+    assert min(speed.values()) > 0
 
 
 def test_no_images_is_an_error(files: tuple[Published, Published]) -> None:
@@ -57,7 +60,7 @@ def test_no_images_is_an_error(files: tuple[Published, Published]) -> None:
     with pytest.raises(DataError, match="no images"):
         measure_latency({"a": candidate}, pictures(0))
     with pytest.raises(DataError, match="no images"):
-        measure_throughput(candidate, pictures(0))
+        measure_throughput({"a": candidate}, pictures(0))
 
 
 def test_audit_tells_float_from_int8(files: tuple[Published, Published]) -> None:

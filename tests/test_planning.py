@@ -102,7 +102,7 @@ def test_stages_work_on_what_the_one_before_left(images: Path) -> None:
     [
         (
             {**PRUNE, "target": {"macs": "0.001x"}},
-            r"stages\[1\]: prune: a target of \S+ macs .*reach from \S+ \(0\.\d+x\)",
+            r"stages\[1\]: prune: a target of \S+ macs .*reach from \S+ \(0\.\d+x of the",
         ),
         (
             {**PRUNE, "target": {"params": 10}},

@@ -122,8 +122,9 @@ def test_a_full_disk_is_not_taken_for_a_stage_that_is_missing(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_images, SHORT)
+    compress(recipe, tmp_path / "run")
     monkeypatch.setattr(run_folder.shutil, "copyfile", full)
-    recipe = write_recipe(tmp_path / "again.yaml", tiny_images, SHORT)
     with pytest.raises(ResourceError, match=r"00-finetune: cannot be written \(No space left on device\)"):
         compress(recipe, tmp_path / "again")
 
