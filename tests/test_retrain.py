@@ -131,7 +131,7 @@ def test_a_whole_run_stays_on_this_machine_and_in_its_folders(tmp_path: Path) ->
     # The real child builds the real Xception, which these weights do not fit; so here is one that can.
     before = contents(out)
     child = [str(REPOSITORY / "tests" / "tiny_retrain.py"), str(out / "run"), str(out / "run/stages/02-finetune")]
-    seen = run_watched([*child, "2", "2"], [temporary], places, cwd=tmp_path)
+    seen = run_watched([*child, "2", "2"], [cache, temporary], places, cwd=tmp_path)
     assert seen.returncode == 0, seen.stderr
     assert json.loads(seen.stdout)["peak_bytes"] > 0
     assert seen.sockets == ()
