@@ -5,7 +5,7 @@ Invariant: `Context` never changes during a run, and networks are on the CPU exc
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from compressor.data import Dataset
 from compressor.data.batches import Augment
 from compressor.errors import RecipeError
+from compressor.inference import visiting
 from compressor.memory import MemoryUse, joined, measure_memory
 from compressor.recipe_stages import Training
 from compressor.report import Footprint
-from compressor.training import Distillation, TrainingResult, finetune, visiting
+from compressor.training import Distillation, TrainingResult, finetune
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Context:
 
 
 @dataclass(frozen=True)
-class Task:
+class Assignment:
     """What one stage is told besides its entry in the recipe."""
 
     where: str  # key path of the stage in the recipe, for messages
@@ -63,18 +64,18 @@ def located(where: str) -> Iterator[None]:
         raise RecipeError(f"{where}: {error}") from error
 
 
-def train(module: nn.Module, options: Training, context: Context, task: Task, *, round_: int = 0) -> TrainingResult:
-    """Run the training loop with a recipe's options; `round_` sets the rounds of one stage apart in their seeds."""
+def train(
+    module: nn.Module, options: Training, context: Context, assignment: Assignment, *, round_index: int = 0
+) -> TrainingResult:
+    """Run the training loop with a recipe's options; `round_index` gives each round of one stage its own seed."""
     distill = None
     if options.distill is not None:
-        assert task.teacher is not None, "the recipe validator demands a baseline before distillation"
-        distill = Distillation(task.teacher, options.distill.temperature, options.distill.weight)
+        assert assignment.teacher is not None, "the recipe validator demands a baseline before distillation"
+        distill = Distillation(assignment.teacher, options.distill.temperature, options.distill.weight)
     values = options.model_dump(exclude={"type", "augment", "distill"})
     augment = Augment(**options.augment.model_dump())
     data = context.data
-    with ExitStack() as away:
-        for network in (module, distill.teacher) if distill else (module,):
-            away.enter_context(visiting(network, context.device))
+    with visiting(context.device, module, *([distill.teacher] if distill else [])):
         return finetune(
             module,
             train=data.train,
@@ -82,13 +83,15 @@ def train(module: nn.Module, options: Training, context: Context, task: Task, *,
             spec=data.spec,
             augment=augment,
             distill=distill,
-            seed=task.seed + round_,
+            seed=assignment.seed + round_index,
             device=context.device,
             **values,
         )
 
 
-def recovery(options: Training | None, context: Context, task: Task, work: Work) -> Callable[[nn.Module, int], None]:
+def recovery(
+    options: Training | None, context: Context, assignment: Assignment, work: Work
+) -> Callable[[nn.Module, int], None]:
     """A function that trains a network a little; its time and memory go on the stage's account."""
     histories = work.details.setdefault("recovery", [])
 
@@ -96,7 +99,7 @@ def recovery(options: Training | None, context: Context, task: Task, work: Work)
         if options is None:
             return
         with measure_memory() as memory:
-            result = train(module, options, context, task, round_=index)
+            result = train(module, options, context, assignment, round_index=index)
         histories.append(dataclasses.asdict(result))
         spent = work.train_time_s or 0.0
         work.memory = memory if work.memory is None else joined(work.memory, spent, memory, result.seconds)

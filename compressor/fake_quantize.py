@@ -18,7 +18,7 @@ def install_kernels() -> None:
     """Let NNCF's quantisers use `SymmetricQuantize` and `AsymmetricQuantize` in this process.
 
     NNCF compiles C++ at first use: a minute and more on a busy edge device, a compiler needed, a lock file that hangs
-    later runs when killed. On CPU its kernels also pass some 20 times over each tensor, these 13 times.
+    later runs when killed.
     """
     from nncf.torch.quantization import quantize_functions
 

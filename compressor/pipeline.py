@@ -20,10 +20,11 @@ from torch import nn
 from compressor import environment
 from compressor.artifacts import sha256_of, write_json
 from compressor.checkpoint import Network, load_network, save_network
-from compressor.context import Context, Task, Work
+from compressor.context import Assignment, Context, Work
 from compressor.data import Dataset, load_dataset
 from compressor.data.batches import to_input
 from compressor.errors import RecipeError, ResourceError, TrainingError
+from compressor.inference import frozen_copy
 from compressor.models import HEADS, build
 from compressor.models.counting import count
 from compressor.models.weights import WeightsReport, load_weights
@@ -35,7 +36,6 @@ from compressor.report import Footprint, Report, write_report
 from compressor.run_folder import fresh_run_dir, log_file, open_partial, publish, remember_stage, stage_is_ready
 from compressor.stages import not_finite, run_stage
 from compressor.structure import check_scopes
-from compressor.training import frozen_copy
 
 log = logging.getLogger(__name__)
 
@@ -267,11 +267,11 @@ def _run_one(
 ) -> Network:
     """Run one stage and write its folder in one rename."""
     stage = state.recipe.stages[index]
-    task = Task(f"stages[{index}]", state.recipe.seed + index, teacher, baseline)
+    assignment = Assignment(f"stages[{index}]", state.recipe.seed + index, teacher, baseline)
     work = Work({}, [], [])
     started = time.perf_counter()
     try:
-        outcome = run_stage(stage, network, state.context, task, work)
+        outcome = run_stage(stage, network, state.context, assignment, work)
     except TrainingError as error:
         if not_finite(network.module):
             raise

@@ -27,6 +27,7 @@ from compressor.benchmark import Candidate, audit, cpu_capabilities, measure_lat
 from compressor.checkpoint import Network
 from compressor.context import Context
 from compressor.export import convert_float_ir, publish_float, publish_int8, save_ir
+from compressor.inference import evaluate
 from compressor.metrics import paired_interval, top1, wilson_interval
 from compressor.models.counting import count
 from compressor.parity import check_float, check_int8, violations
@@ -34,7 +35,6 @@ from compressor.recipe import Finetune, Quantize, Recipe
 from compressor.recipe_loader import recipe_hash
 from compressor.report import Footprint, Report
 from compressor.runtime import DEFAULT, F32, predict
-from compressor.training import evaluate
 
 log = logging.getLogger(__name__)
 RETRAIN_STEPS = 12  # enough for the optimiser's state and the largest activations to be resident

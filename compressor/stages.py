@@ -13,18 +13,18 @@ from torch import Tensor, nn
 
 from compressor import recipe as spec
 from compressor.checkpoint import Network
-from compressor.context import Context, Task, Work, located, train
+from compressor.context import Assignment, Context, Work, located, train
 from compressor.data import calibration_indices
 from compressor.data.batches import to_input
 from compressor.errors import TrainingError, UnsupportedModelError
 from compressor.folding import equalize_depthwise, fold_batchnorm
+from compressor.inference import evaluate
 from compressor.memory import measure_memory
 from compressor.models.counting import count
 from compressor.pruning.groups import resolve_scope
 from compressor.quantization import quantize, resolve_overflow_fix
 from compressor.report import Footprint
 from compressor.structure import drop_blocks_stage, prune_stage, reduce_channels_stage, replace_kernels_stage
-from compressor.training import evaluate
 
 EQUALIZE_IMAGES = 64  # ranges of channels need fewer images than the quantizers' own
 
@@ -44,7 +44,7 @@ def run_stage(
     stage: spec.Stage,
     network: Network,
     context: Context,
-    task: Task,
+    assignment: Assignment,
     work: Work,
 ) -> Outcome:
     """Run one stage; `network.module` may be changed in place, the returned network is the one to keep.
@@ -60,27 +60,28 @@ def run_stage(
     module = network.module
     match stage:
         case spec.Finetune():
-            _finetune(module, stage, context, task, work)
+            _finetune(module, stage, context, assignment, work)
         case spec.Prune():
-            prune_stage(module, stage, context, task, work)
+            prune_stage(module, stage, context, assignment, work)
         case spec.ReduceChannels():
-            reduce_channels_stage(module, stage, context, task, work)
+            reduce_channels_stage(module, stage, context, assignment, work)
         case spec.ReplaceKernels():
-            replace_kernels_stage(module, stage, context, task, work)
+            replace_kernels_stage(module, stage, context, assignment, work)
         case spec.DropBlocks():
-            drop_blocks_stage(module, stage, context, task, work)
+            drop_blocks_stage(module, stage, context, assignment, work)
         case spec.Quantize():
-            module = _quantize(module, stage, context, task, work)
+            module = _quantize(module, stage, context, assignment, work)
         case _:
             assert_never(stage)
     after = _signature(module, context.example)
     if after != before:
         raise UnsupportedModelError(
-            f"{task.where}: outputs were {before} and became {after}; this is a fault of the toolkit, please report it"
+            f"{assignment.where}: outputs were {before} and became {after}; "
+            "this is a fault of the toolkit, please report it"
         )
     if bad := not_finite(module):
         raise TrainingError(
-            f"{task.where}: {len(bad)} tensors are not finite any more, first {bad[0]}; lower the learning rate"
+            f"{assignment.where}: {len(bad)} tensors are not finite any more, first {bad[0]}; lower the learning rate"
         )
     kept = dataclasses.replace(
         network, module=module, edits=(*network.edits, *work.edits), quantizer=work.quantizer or network.quantizer
@@ -121,22 +122,24 @@ def _footprint(network: Network, context: Context, work: Work) -> Footprint:
     )
 
 
-def _finetune(module: nn.Module, stage: spec.Finetune, context: Context, task: Task, work: Work) -> None:
+def _finetune(module: nn.Module, stage: spec.Finetune, context: Context, assignment: Assignment, work: Work) -> None:
     with measure_memory() as memory:
-        result = train(module, stage, context, task)
+        result = train(module, stage, context, assignment)
     work.memory, work.train_time_s = memory, result.seconds
     work.details = dataclasses.asdict(result)
 
 
-def _quantize(module: nn.Module, stage: spec.Quantize, context: Context, task: Task, work: Work) -> nn.Module:
-    resolve_scope(module, stage.ignored_scope, where=f"{task.where}.ignored_scope")
+def _quantize(
+    module: nn.Module, stage: spec.Quantize, context: Context, assignment: Assignment, work: Work
+) -> nn.Module:
+    resolve_scope(module, stage.ignored_scope, where=f"{assignment.where}.ignored_scope")
     pairs = fold_batchnorm(module, context.example)
     work.edits.append({"type": "fold_bn", "pairs": [list(pair) for pair in pairs]})
     train = context.data.train
-    chosen = calibration_indices(train, stage.subset_size, task.seed)
+    chosen = calibration_indices(train, stage.subset_size, assignment.seed)
     calibration: Sequence[Tensor] = [to_input(train.images[i : i + 1], context.data.spec, "cpu") for i in chosen]
     equalized = equalize_depthwise(module, calibration[:EQUALIZE_IMAGES]) if stage.equalize else []
-    with located(task.where):
+    with located(assignment.where):
         quantized, work.quantizer = quantize(
             module,
             calibration,

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from compressor import recipe as spec
-from compressor.context import Context, Task, Work, located, recovery
+from compressor.context import Assignment, Context, Work, located, recovery
 from compressor.data import Split, calibration_indices
 from compressor.data.batches import to_input
 from compressor.errors import RecipeError
+from compressor.inference import choose_precision, evaluate, predict, reestimate_batchnorm
 from compressor.models.counting import count
 from compressor.pruning.apply import apply_plan
 from compressor.pruning.blocks import find_blocks
@@ -26,7 +27,6 @@ from compressor.pruning.importance import score_groups
 from compressor.pruning.kernels import find_kernels, replace_kernels
 from compressor.pruning.plan import PrunePlan, decide_plan, width_plan
 from compressor.report import Footprint
-from compressor.training import choose_precision, evaluate, predict, reestimate_batchnorm
 
 DISTILL_T = 2.0  # temperature at which removing a block is judged
 
@@ -105,19 +105,26 @@ def _groups(
     )
 
 
-def prune_stage(module: nn.Module, stage: spec.Prune, context: Context, task: Task, work: Work) -> None:
+def prune_stage(module: nn.Module, stage: spec.Prune, context: Context, assignment: Assignment, work: Work) -> None:
     """Remove channels in `iterations` equal steps, each scored afresh, with recovery between them."""
-    example, where = context.example, task.where
+    example, where = context.example, assignment.where
     start = count(module, example)
-    macs, params = prune_goals(stage, task.baseline)
+    macs, params = prune_goals(stage, assignment.baseline)
     full = None
     if stage.iterations > 1:
         # Whether the end can be reached is known before the first step, and what a ratio refers to is what is here now.
         choose_channels(
-            module, example, stage, where=where, seed=task.seed, ratio=stage.pruning_ratio, macs=macs, params=params
+            module,
+            example,
+            stage,
+            where=where,
+            seed=assignment.seed,
+            ratio=stage.pruning_ratio,
+            macs=macs,
+            params=params,
         )
         full = {group.name: group.channels for group in _groups(module, example, stage, where)}
-    recover = recovery(stage.recovery, context, task, work)
+    recover = recovery(stage.recovery, context, assignment, work)
     steps = []
     for i in range(stage.iterations):
         share = (i + 1) / stage.iterations
@@ -126,8 +133,8 @@ def prune_stage(module: nn.Module, stage: spec.Prune, context: Context, task: Ta
             example,
             stage,
             where=where,
-            seed=task.seed + i,
-            batches=_loss_batches(context, stage.importance_batches, 32, task.seed + i)
+            seed=assignment.seed + i,
+            batches=_loss_batches(context, stage.importance_batches, 32, assignment.seed + i)
             if stage.importance == "taylor"
             else None,
             ratio=None if stage.pruning_ratio is None else 1 - (1 - stage.pruning_ratio) ** share,
@@ -136,7 +143,7 @@ def prune_stage(module: nn.Module, stage: spec.Prune, context: Context, task: Ta
             full=full,
         )
         _apply_plan(module, plan, context, work)
-        _reestimate(module, stage.bn_batches, context, task.seed)
+        _reestimate(module, stage.bn_batches, context, assignment.seed)
         now = count(module, example)
         steps.append({"macs": now.macs, "params": now.params})
         if i + 1 < stage.iterations:
@@ -177,15 +184,15 @@ def choose_widths(
 
 
 def reduce_channels_stage(
-    module: nn.Module, stage: spec.ReduceChannels, context: Context, task: Task, work: Work
+    module: nn.Module, stage: spec.ReduceChannels, context: Context, assignment: Assignment, work: Work
 ) -> None:
     """Give every channel group a fraction of its width."""
-    plan = choose_widths(module, context.example, stage, where=task.where, seed=task.seed)
+    plan = choose_widths(module, context.example, stage, where=assignment.where, seed=assignment.seed)
     _apply_plan(module, plan, context, work)
     if stage.init == "random":
-        _reinitialise(module, task.seed)
+        _reinitialise(module, assignment.seed)
         work.notes.append("all weights were drawn anew (init: random)")
-    _reestimate(module, stage.bn_batches, context, task.seed)
+    _reestimate(module, stage.bn_batches, context, assignment.seed)
 
 
 def _reinitialise(module: nn.Module, seed: int) -> None:
@@ -212,14 +219,14 @@ def choose_kernels(module: nn.Module, stage: spec.ReplaceKernels, *, where: str)
 
 
 def replace_kernels_stage(
-    module: nn.Module, stage: spec.ReplaceKernels, context: Context, task: Task, work: Work
+    module: nn.Module, stage: spec.ReplaceKernels, context: Context, assignment: Assignment, work: Work
 ) -> None:
     """Turn k x k convolutions into 1x1."""
-    names = choose_kernels(module, stage, where=task.where)
-    replace_kernels(module, names, init=stage.init, seed=task.seed)
+    names = choose_kernels(module, stage, where=assignment.where)
+    replace_kernels(module, names, init=stage.init, seed=assignment.seed)
     work.edits.append({"type": "replace_kernels", "modules": names})
     work.details["modules"] = names
-    _reestimate(module, stage.bn_batches, context, task.seed)
+    _reestimate(module, stage.bn_batches, context, assignment.seed)
 
 
 def choose_blocks(module: nn.Module, example: Tensor, stage: spec.DropBlocks, *, where: str) -> list[str]:
@@ -266,34 +273,38 @@ def enough_dropped(
     return done
 
 
-def drop_blocks_stage(module: nn.Module, stage: spec.DropBlocks, context: Context, task: Task, work: Work) -> None:
+def drop_blocks_stage(
+    module: nn.Module, stage: spec.DropBlocks, context: Context, assignment: Assignment, work: Work
+) -> None:
     """Drop residual blocks, least harmful first, with recovery after each."""
-    blocks = choose_blocks(module, context.example, stage, where=task.where)
-    recover = recovery(stage.recovery, context, task, work)
-    done = enough_dropped(stage, blocks, context.example, task.baseline, where=task.where)
+    blocks = choose_blocks(module, context.example, stage, where=assignment.where)
+    recover = recovery(stage.recovery, context, assignment, work)
+    done = enough_dropped(stage, blocks, context.example, assignment.baseline, where=assignment.where)
     edit: dict[str, Any] = {"type": "drop_blocks", "modules": []}
     work.edits.append(edit)
 
     def mend(network: nn.Module, index: int) -> None:
         edit["modules"] = [name for name in blocks if isinstance(network.get_submodule(name), nn.Identity)]
-        _reestimate(network, stage.bn_batches, context, task.seed)
+        _reestimate(network, stage.bn_batches, context, assignment.seed)
         recover(network, index)
 
-    drops = drop_greedily(module, blocks, done=done, loss=_measured_loss(stage, context, task), recover=mend)
+    drops = drop_greedily(module, blocks, done=done, loss=_measured_loss(stage, context, assignment), recover=mend)
     work.details["drops"] = [dataclasses.asdict(drop) for drop in drops]
 
 
-def _measured_loss(stage: spec.DropBlocks, context: Context, task: Task) -> Callable[[nn.Module], float]:
+def _measured_loss(stage: spec.DropBlocks, context: Context, assignment: Assignment) -> Callable[[nn.Module], float]:
     """Cross-entropy on validation, or distillation loss on training images; the same images every time."""
     data, device = context.data, context.device
     dtype = choose_precision("auto", device)  # candidates are compared with each other, so bf16's rounding is harmless
     if stage.metric == "val_loss":
-        chosen = calibration_indices(data.val, stage.metric_images, task.seed)
+        chosen = calibration_indices(data.val, stage.metric_images, assignment.seed)
         part = Split(data.val.images[chosen], data.val.labels[chosen], tuple(data.val.names[i] for i in chosen))
         return lambda network: evaluate(network, part, data.spec, device=device, dtype=dtype)[1]
-    assert task.teacher is not None, "the recipe validator demands a baseline before distillation"
-    images = data.train.images[calibration_indices(data.train, stage.metric_images, task.seed)]
-    wanted = torch.log_softmax(predict(task.teacher, images, data.spec, device=device, dtype=dtype) / DISTILL_T, dim=1)
+    assert assignment.teacher is not None, "the recipe validator demands a baseline before distillation"
+    images = data.train.images[calibration_indices(data.train, stage.metric_images, assignment.seed)]
+    wanted = torch.log_softmax(
+        predict(assignment.teacher, images, data.spec, device=device, dtype=dtype) / DISTILL_T, dim=1
+    )
 
     def distance(network: nn.Module) -> float:
         got = torch.log_softmax(predict(network, images, data.spec, device=device, dtype=dtype) / DISTILL_T, dim=1)

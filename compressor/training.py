@@ -1,33 +1,27 @@
 """One training loop for baseline, recovery after pruning, and quantization-aware training.
 
 Invariant: given the same seed, threads and machine, the same weights come out; on any error the network holds its last
-good weights. Of a network's home only `finetune` lets it stay on `device`; the others bring it back.
+good weights.
 """
 
-import copy
-import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from compressor.data import Split
-from compressor.data.batches import Augment, to_input
-from compressor.environment import BF16_FEATURES, cpu_flags
+from compressor.data.batches import Augment, batches
 from compressor.errors import TrainingError
-from compressor.metrics import top1
+from compressor.inference import autocast, choose_precision, evaluate, predict
 from compressor.preprocess import InputSpec
 
 log = logging.getLogger(__name__)
-EVALUATION_BATCH = 64
 # An epoch whose mean loss is this many times the larger of the first epoch's and chance level has diverged; the first
 # epoch is compared with its own first step.
 DIVERGED = 4.0
@@ -80,76 +74,6 @@ class Distillation:
     teacher: nn.Module
     temperature: float
     weight: float
-
-
-def choose_precision(asked: str, device: str) -> torch.dtype:
-    """bf16 where the hardware multiplies it natively, float32 elsewhere, unless the recipe insists."""
-    if asked == "auto":
-        native = device == "cuda" or bool(cpu_flags() & set(BF16_FEATURES))
-        return torch.bfloat16 if native else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[asked]
-
-
-def autocast(dtype: torch.dtype, device: str) -> torch.autocast:
-    """Mixed precision around a forward pass; a no-op for float32."""
-    return torch.autocast(device, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16)
-
-
-@contextmanager
-def visiting(module: nn.Module, device: str) -> Iterator[nn.Module]:
-    """Move a network to `device` for the block, and back to where it was."""
-    home = next(module.parameters()).device
-    module.to(device)
-    try:
-        yield module
-    finally:
-        module.to(home)
-
-
-@torch.no_grad()
-def predict(
-    module: nn.Module,
-    images: NDArray[np.uint8],
-    spec: InputSpec,
-    *,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Logits in evaluation mode: `(N, H, W, 3)` uint8 -> `(N, classes)` float32 on the CPU."""
-    was_training = module.training
-    module.eval()
-    outputs = []
-    with visiting(module, device), autocast(dtype, device):
-        for start in range(0, len(images), EVALUATION_BATCH):
-            out = module(to_input(images[start : start + EVALUATION_BATCH], spec, device))
-            outputs.append(out.float().cpu())
-    module.train(was_training)
-    return torch.cat(outputs)
-
-
-def evaluate(
-    module: nn.Module, split: Split, spec: InputSpec, *, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> tuple[float, float]:
-    """Top-1 accuracy (fraction) and mean cross-entropy of a split, weighted by images."""
-    logits = predict(module, split.images, spec, device=device, dtype=dtype)
-    labels = torch.from_numpy(np.asarray(split.labels))
-    loss = float(F.cross_entropy(logits, labels))
-    return float(top1(logits.numpy(), np.asarray(split.labels)).mean()), loss
-
-
-def batches(
-    split: Split, spec: InputSpec, *, size: int, generator: torch.Generator, augment: Augment | None, device: str
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """One shuffled pass over a split, without the ragged rest (a tiny batch would spoil BatchNorm statistics)."""
-    order = torch.randperm(len(split.labels), generator=generator).numpy()
-    size = min(size, len(order))
-    for start in range(0, len(order) - size + 1, size):
-        # Sorted: neighbouring reads of the memory-mapped array; the order inside a batch does not matter.
-        chosen = np.sort(order[start : start + size])
-        x = to_input(split.images[chosen], spec, device)
-        if augment is not None:
-            x = augment(x, generator)
-        yield x, torch.from_numpy(np.asarray(split.labels[chosen])).to(device)
 
 
 def loss_of(
@@ -256,14 +180,14 @@ def finetune(
 ) -> TrainingResult:
     """Train `module` in place and leave it with the weights that did best on `val` (accuracy, then loss).
 
-    The weights it starts from compete too: a short recovery, or training after quantization, cannot make things worse.
+    The weights it starts from compete too: on validation, a short recovery cannot make things worse.
 
     Args:
         epochs: passes over `train`; validated after each.
         steps: optimiser steps instead of epochs; validated after each pass and at the end.
         patience: stop after this many epochs without a better validation accuracy.
         ema: decay of an exponential moving average of the weights; when given, the average is validated and kept.
-        device: where it trains; `module` and the teacher are moved there and stay there (see `visiting`).
+        device: where it trains; `module` and the teacher are moved there and stay there (see `inference.visiting`).
 
     Raises:
         TrainingError: the loss is not finite or has diverged; the last good weights are in `module`.
@@ -380,40 +304,3 @@ def _report_step(
 
 def _classes(module: nn.Module, train: Split, spec: InputSpec, device: str) -> int:
     return int(predict(module, train.images[:1], spec, device=device).shape[1])
-
-
-@torch.no_grad()
-def reestimate_batchnorm(
-    module: nn.Module, split: Split, spec: InputSpec, *, passes: int, seed: int, device: str = "cpu", size: int = 32
-) -> None:
-    """Replace BatchNorm running statistics by plain averages over `passes` training batches (arXiv 2007.02491).
-
-    Removing channels shifts the distribution every later BatchNorm sees; the stored ones describe another network.
-    """
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    if not norms or passes < 1:
-        return
-    saved = [(m.momentum, m.training) for m in norms]
-    was_training = module.training
-    module.eval()
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = None  # cumulative average
-        m.train()
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = batches(split, spec, size=size, generator=generator, augment=None, device=device)
-    with visiting(module, device):
-        for x, _ in itertools.islice(shuffled, passes):
-            module(x)
-    module.train(was_training)
-    for m, (momentum, training) in zip(norms, saved, strict=True):
-        m.momentum = momentum
-        m.train(training)
-
-
-def frozen_copy(module: nn.Module) -> nn.Module:
-    """A teacher: evaluation mode, no gradients, sharing nothing with the network it was copied from."""
-    teacher = copy.deepcopy(module).eval()
-    for parameter in teacher.parameters():
-        parameter.requires_grad_(False)
-    return teacher

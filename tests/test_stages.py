@@ -12,17 +12,17 @@ from torch import nn
 
 from compressor import stages
 from compressor.checkpoint import Network, load_network, save_network
-from compressor.context import Context, Task, Work
+from compressor.context import Assignment, Context, Work
 from compressor.data import Dataset, load_dataset
 from compressor.data.batches import to_input
 from compressor.environment import cache_dir
 from compressor.errors import RecipeError, TrainingError, UnsupportedModelError
+from compressor.inference import frozen_copy
 from compressor.models.counting import count
 from compressor.preprocess import InputSpec
 from compressor.recipe import Stage
 from compressor.report import Footprint
 from compressor.stages import Outcome, run_stage
-from compressor.training import frozen_copy
 
 Run = Callable[..., Outcome]
 RECOVERY = {"steps": 2, "batch_size": 8}
@@ -58,8 +58,8 @@ def run(network: Network, context: Context) -> Run:
 
     def run_one(work: Work | None = None, **stage: Any) -> Outcome:
         parsed: Any = TypeAdapter(Stage).validate_python(stage)
-        task = Task("stages[2]", 0, teacher, Footprint(params=whole.params, macs=whole.macs))
-        return run_stage(parsed, network, context, task, work or Work({}, [], []))
+        assignment = Assignment("stages[2]", 0, teacher, Footprint(params=whole.params, macs=whole.macs))
+        return run_stage(parsed, network, context, assignment, work or Work({}, [], []))
 
     return run_one
 

@@ -15,16 +15,14 @@ from compressor import training
 from compressor.data import Split
 from compressor.data.batches import Augment, to_input
 from compressor.errors import TrainingError
+from compressor.inference import evaluate, frozen_copy, reestimate_batchnorm
 from compressor.preprocess import InputSpec
 from compressor.training import (
     Distillation,
     WeightAverage,
-    evaluate,
     finetune,
-    frozen_copy,
     loss_of,
     make_optimizer,
-    reestimate_batchnorm,
     schedule_factor,
 )
 

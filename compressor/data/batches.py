@@ -4,6 +4,7 @@ Invariant: `to_input` computes what the published IR computes on the same pixels
 float32.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from compressor.data.dataset import Split
 from compressor.preprocess import InputSpec
 
 
@@ -94,6 +96,21 @@ class Augment:
         pixels = x.permute(0, 2, 3, 1).reshape(n * height * width, channels)  # a view in channels_last memory
         moved = pixels.index_select(0, flat.reshape(-1).to(x.device))
         return moved.view(n, height, width, channels).permute(0, 3, 1, 2)
+
+
+def batches(
+    split: Split, spec: InputSpec, *, size: int, generator: torch.Generator, augment: Augment | None, device: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One shuffled pass over a split, without the ragged rest (a tiny batch would spoil BatchNorm statistics)."""
+    order = torch.randperm(len(split.labels), generator=generator).numpy()
+    size = min(size, len(order))
+    for start in range(0, len(order) - size + 1, size):
+        # Sorted: neighbouring reads of the memory-mapped array; the order inside a batch does not matter.
+        chosen = np.sort(order[start : start + size])
+        x = to_input(split.images[chosen], spec, device)
+        if augment is not None:
+            x = augment(x, generator)
+        yield x, torch.from_numpy(np.asarray(split.labels[chosen])).to(device)
 
 
 def _crop(x: Tensor, smallest: float, generator: torch.Generator) -> Tensor:
