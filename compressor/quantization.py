@@ -22,6 +22,7 @@ from compressor.fake_quantize import install_kernels
 
 Preset = Literal["mixed", "performance"]
 OverflowFix = Literal["auto", "enable", "disable", "first_layer_only"]
+Residual = Literal["int8", "float"]
 
 
 class _Wrapped(nn.Module):
@@ -45,6 +46,7 @@ def quantize(
     *,
     preset: Preset = "mixed",
     ignored_scope: Collection[str] = (),
+    residual: Residual = "int8",
     per_channel_activations: bool = False,
     overflow_fix: OverflowFix = "auto",
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -58,6 +60,8 @@ def quantize(
         batches: Calibration inputs, each (N, C, H, W), normalised as in training.
         preset: `performance` = symmetric activations, `mixed` = asymmetric where they are signed.
         ignored_scope: Globs over module names (those of `module`) that stay in float.
+        residual: `float` leaves the terms of additions unquantised; every convolution after them still is. A residual
+            stream that is rounded at each addition gathers that noise from all blocks before.
         per_channel_activations: Lift the per-tensor rule; no portable ONNX can be written then.
         overflow_fix: Half the weight range, for CPUs without VNNI; `auto` looks at this machine's.
 
@@ -73,6 +77,8 @@ def quantize(
     from nncf.quantization import advanced_parameters as advanced
 
     names = _ignored_nodes(module, batches[0], ignored_scope)
+    if residual == "float":
+        names += [name for name in _additions(module, batches[0]) if name not in names]
     network = _wrap(copy.deepcopy(module).eval())
     activations = advanced.QuantizationParameters(per_channel=None if per_channel_activations else False)
     with _quiet_stdout():
@@ -157,8 +163,20 @@ def _ignored_nodes(module: nn.Module, example: Tensor, globs: Collection[str]) -
     return chosen
 
 
+def _additions(module: nn.Module, example: Tensor) -> list[str]:
+    """Names of NNCF's graph nodes that add tensors."""
+    _load_nncf()
+    from nncf.torch.graph.operator_metatypes import PTAddMetatype
+
+    return [node.node_name for node in _nodes(_wrap(module), example) if node.metatype is PTAddMetatype]
+
+
 def _node_names(module: nn.Module, example: Tensor) -> list[str]:
     """Operations of NNCF's traced graph, named `module/path/function/call`, and the inputs."""
+    return [node.node_name for node in _nodes(module, example)]
+
+
+def _nodes(module: nn.Module, example: Tensor) -> list[Any]:
     _load_nncf()
     from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import build_nncf_graph
 
@@ -168,7 +186,7 @@ def _node_names(module: nn.Module, example: Tensor) -> list[str]:
     finally:
         for child, training in modes:
             child.training = training
-    return [node.node_name for node in graph.get_all_nodes()]
+    return list(graph.get_all_nodes())
 
 
 def _load_nncf() -> ModuleType:

@@ -310,6 +310,11 @@ class Quantize(BaseModel):
         default=300, ge=1, le=1_000_000, description="Class-balanced training images that set the ranges."
     )
     ignored_scope: Globs = _ignored_scope()
+    residual: Literal["int8", "float"] = Field(
+        default="int8",
+        description="Terms of additions: int8 = rounded as well; float = left alone, and only inputs of layers are "
+        "rounded: less noise.",
+    )
     equalize: bool = Field(
         default=True,
         description="First balance channels between depthwise and pointwise convolutions (arXiv 1906.04721); the float "

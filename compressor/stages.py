@@ -145,6 +145,7 @@ def _quantize(
             calibration,
             preset=stage.preset,
             ignored_scope=stage.ignored_scope,
+            residual=stage.residual,
             per_channel_activations=stage.per_channel_activations,
             overflow_fix=stage.overflow_fix,
         )

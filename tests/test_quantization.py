@@ -171,6 +171,18 @@ def test_ignored_scope_keeps_modules_in_float(folded: nn.Module) -> None:
     assert not any(".head/" in name or "pre_hooks.first/" in name for name in hooked)
 
 
+def test_residual_float_leaves_additions_and_still_rounds_what_convolutions_read(folded: nn.Module) -> None:
+    hooked = {}
+    for residual in ("int8", "float"):
+        _, config = quantize(folded, batches(1), residual=residual)  # type: ignore[arg-type]
+        hooked[residual] = {name for command in config["compression_state"] for name in command["hook_names_in_model"]}
+    terms = {f"post_hooks.{name}/pointwise/conv2d/0__0.0" for name in ("first", "third")}
+    assert terms <= hooked["int8"]
+    assert not terms & hooked["float"]
+    weights = {kind: {name for name in names if name.endswith("__1.0")} for kind, names in hooked.items()}
+    assert weights["float"] == weights["int8"]  # every layer with weights is still quantized
+
+
 def test_ignored_scope_that_matches_nothing(folded: nn.Module) -> None:
     with pytest.raises(RecipeError, match=r"ignored_scope\[1\]: 'haed' matches no module; did you mean 'head'"):
         quantize(folded, batches(1), ignored_scope=["first", "haed"])
