@@ -3,11 +3,13 @@
     python benchmarks/results.py record RUN NAME    store RUN's report as benchmarks/results/NAME.json, one ledger line
     python benchmarks/results.py table              rewrite the table in README.md
 
-Invariant: every figure in the table is copied from a run's `report.json`; nothing is typed by hand.
+Invariant: every figure in the table is copied from a run's `report.json`; nothing is typed by hand. What is stored
+names no folder of the machine it was measured on.
 """
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from compressor.report import Footprint, read_report
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+# The folders of an absolute path inside a sentence; what precedes it tells it from torch/onnx and from a URL.
+FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^\s/'\":,;]+/)+")
 KEPT = (
     "verdict",
     "baseline",
@@ -43,7 +47,7 @@ def record(run: Path, name: str) -> None:
         for s in data["stages"]
     ]
     (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
+    (HERE / "results" / f"{name}.json").write_text(json.dumps(without_folders(kept), indent=1) + "\n")
     ledger = HERE / "test_ledger.json"
     lines = json.loads(ledger.read_text()) if ledger.is_file() else []
     lines.append(
@@ -57,6 +61,17 @@ def record(run: Path, name: str) -> None:
         }
     )
     ledger.write_text("[\n" + ",\n".join(json.dumps(line) for line in lines) + "\n]\n")
+
+
+def without_folders(value: Any) -> Any:
+    """The same JSON with every absolute path reduced to its file name: folders of one machine tell a reader nothing."""
+    if isinstance(value, dict):
+        return {key: without_folders(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folders(item) for item in value]
+    if isinstance(value, str):
+        return Path(value).name if Path(value).is_absolute() else FOLDERS.sub("", value)
+    return value
 
 
 def _images(stage: dict[str, Any]) -> int:
