@@ -112,6 +112,14 @@ def test_a_recipe_alone_means_run(given: list[str], expected: list[str]) -> None
     assert cli.with_default_command(given) == expected
 
 
+def test_options_known_to_take_a_value_are_exactly_those_that_do() -> None:
+    """They are listed by hand, since argparse tells a parser's options only through private names."""
+    (commands,) = (a for a in cli.build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    actions = [action for command in commands.choices.values() for action in command._actions]
+    takers = {option for action in actions if action.nargs != 0 for option in action.option_strings}
+    assert sorted(cli.TAKE_A_VALUE) == sorted(takers)
+
+
 def test_run_gets_what_was_given(replace: Callable[[str, Command], None]) -> None:
     seen: list[argparse.Namespace] = []
 
