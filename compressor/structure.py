@@ -110,19 +110,10 @@ def prune_stage(module: nn.Module, stage: spec.Prune, context: Context, assignme
     example, where = context.example, assignment.where
     start = count(module, example)
     macs, params = prune_goals(stage, assignment.baseline)
-    full = None
-    if stage.iterations > 1:
-        # Whether the end can be reached is known before the first step, and what a ratio refers to is what is here now.
-        choose_channels(
-            module,
-            example,
-            stage,
-            where=where,
-            seed=assignment.seed,
-            ratio=stage.pruning_ratio,
-            macs=macs,
-            params=params,
-        )
+    if stage.iterations > 1 and stage.target:  # whether the end can be reached is known before the first step
+        choose_channels(module, example, stage, where=where, seed=assignment.seed, macs=macs, params=params)
+    full = None  # what a ratio refers to is what is here now, at every step
+    if stage.iterations > 1 and stage.pruning_ratio is not None:
         full = {group.name: group.channels for group in _groups(module, example, stage, where)}
     recover = recovery(stage.recovery, context, assignment, work)
     steps = []

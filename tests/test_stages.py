@@ -137,6 +137,15 @@ def test_taylor_importance_repeats_with_the_seed(run: Run, network: Network, con
     assert run(**stage).plans == decided
 
 
+def test_a_target_out_of_reach_is_refused_before_the_first_of_many_steps(
+    run: Run, network: Network, context: Context
+) -> None:
+    before = sizes(network, context)
+    with pytest.raises(RecipeError, match=r"stages\[2\].*macs"):
+        run(type="prune", target={"macs": "0.05x"}, iterations=6, round_to=4, min_channels=8, bn_batches=0)
+    assert sizes(network, context) == before
+
+
 @pytest.mark.parametrize("metric", ["val_loss", "distill_loss"])
 def test_blocks_are_dropped_to_a_target_one_by_one(
     metric: str, run: Run, network: Network, context: Context, tmp_path: Path
