@@ -163,8 +163,6 @@ def choose_widths(
     scores = score_groups(module, groups, kind="magnitude", loss_batches=None, seed=seed)
     with located(where):
         return width_plan(
-            module,
-            example,
             groups=groups,
             scores=scores,
             width=stage.width,

@@ -51,9 +51,7 @@ def slim() -> Network:
     for width in (0.25, 0.5):
         groups = find_groups(module, example, ignored=())
         scores = score_groups(module, groups, kind="random", loss_batches=None, seed=0)
-        plan = width_plan(
-            module, example, groups=groups, scores=scores, width=width, overrides={}, round_to=4, min_channels=4
-        )
+        plan = width_plan(groups=groups, scores=scores, width=width, overrides={}, round_to=4, min_channels=4)
         apply_plan(module, plan, example)
         edits.append({"type": "prune", "plan": plan.to_dict()})
     kernels = find_kernels(module, ["block4", "conv3"])

@@ -57,9 +57,7 @@ class Case:
 
     def width(self, width: float, **settings: Any) -> PrunePlan:
         defaults: dict[str, Any] = {"overrides": {}, "round_to": 2, "min_channels": 2}
-        return width_plan(
-            self.net, self.example, groups=self.groups, scores=self.scores, width=width, **{**defaults, **settings}
-        )
+        return width_plan(groups=self.groups, scores=self.scores, width=width, **{**defaults, **settings})
 
 
 def group_named(case: Case, name: str) -> ChannelGroup:
@@ -103,7 +101,7 @@ def test_targets_are_met_or_refused(
     untouched = {group.name for group in case.groups} - plan.keep.keys()
     for name in untouched - plan.skipped.keys():
         assert group_named(case, name).channels > round_to  # it could have been pruned; the target did not need it
-    assert PrunePlan.from_json(plan.to_json()) == plan
+    assert PrunePlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
 @pytest.mark.parametrize("ranking", ["local", "global"])
@@ -205,6 +203,16 @@ def test_a_width_for_a_layer_that_is_not_the_root_of_its_group_is_noted() -> Non
     assert "matches" not in named.skipped.get("stem.conv", "")
 
 
+def test_a_width_for_a_separable_convolution_says_nothing_of_the_layer_before() -> None:
+    case = Case(Spec(("separable", "plain"), (12, 8, 8), True, True, "relu", "hidden", 4, 5))
+    assert "depthwise" in {member.kind for member in group_named(case, "stem.conv").members}
+    plan = case.width(1.0, overrides={"pieces.0.*": 0.5})
+    assert plan.keep.keys() == {"pieces.0.b.conv"}
+    assert "stem.conv" not in plan.skipped or "matches" not in plan.skipped["stem.conv"]
+    with pytest.raises(RecipeError, match=r"widths\['pieces.0.a'\] matches no channel group; .* group 'stem.conv'"):
+        case.width(1.0, overrides={"pieces.0.a": 0.5})
+
+
 def test_same_seed_same_plan_and_equal_scores_in_channel_order() -> None:
     assert Case().decide(pruning_ratio=0.4) == Case().decide(pruning_ratio=0.4)
     case = Case()
@@ -250,7 +258,7 @@ def test_missing_scores_are_refused() -> None:
         case.decide(pruning_ratio=0.3)
 
 
-def damaged(**changes: object) -> str:
+def damaged(**changes: object) -> dict[str, object]:
     value: dict[str, object] = {
         "version": 1,
         "keep": {"a": [0, 2]},
@@ -258,14 +266,13 @@ def damaged(**changes: object) -> str:
         "skipped": {},
         "settings": {},
     }
-    return json.dumps(value | changes)
+    return value | changes
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("value", "message"),
     [
-        ("{", "plan: not valid JSON"),
-        ("[]", "plan: expected an object, found list"),
+        ([], "plan: expected an object, found list"),
         (damaged(version=9), "version 9 is not one this release reads"),
         (damaged(skipped=None), "'skipped' is missing or not an object"),
         (damaged(channels={}), r"channels\['a'\] is missing"),
@@ -276,10 +283,10 @@ def damaged(**changes: object) -> str:
         (damaged(keep={"a": [2, 1]}), r"keep\['a'\] is not ascending"),
     ],
 )
-def test_damaged_plans_are_refused(text: str, message: str) -> None:
-    assert PrunePlan.from_json(damaged()).keep == {"a": (0, 2)}
+def test_damaged_plans_are_refused(value: object, message: str) -> None:
+    assert PrunePlan.from_dict(damaged()).keep == {"a": (0, 2)}
     with pytest.raises(DataError, match=message):
-        PrunePlan.from_json(text)
+        PrunePlan.from_dict(value)
 
 
 @pytest.mark.parametrize("do", [apply_plan, mask_plan])

@@ -6,7 +6,6 @@ keeps a subset of what a looser one keeps, and a target is met or refused, never
 
 import fnmatch
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -14,7 +13,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from compressor.errors import DataError, RecipeError, did_you_mean
-from compressor.pruning.coupling import ChannelGroup
+from compressor.pruning.coupling import WRITERS, ChannelGroup
 from compressor.pruning.steps import Step, fewest_kept, shortest_prefix, steps_of
 
 PLAN_VERSION = 1
@@ -46,10 +45,6 @@ class PrunePlan:
             "skipped": dict(self.skipped),
             "settings": dict(self.settings),
         }
-
-    def to_json(self) -> str:
-        """Return the plan as JSON text, versioned."""
-        return json.dumps(self.to_dict(), indent=1)
 
     @staticmethod
     def from_dict(value: object, *, where: str = "plan") -> "PrunePlan":
@@ -83,15 +78,6 @@ class PrunePlan:
             skipped={str(group): str(reason) for group, reason in value["skipped"].items()},
             settings=dict(value["settings"]),
         )
-
-    @staticmethod
-    def from_json(text: str, *, where: str = "plan") -> "PrunePlan":
-        """Build a plan from `to_json`'s text; see `from_dict`."""
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: not valid JSON: {error}") from None
-        return PrunePlan.from_dict(value, where=where)
 
 
 def decide_plan(
@@ -180,8 +166,6 @@ def decide_plan(
 
 
 def width_plan(
-    module: nn.Module,
-    example: Tensor,
     *,
     groups: Sequence[ChannelGroup],
     scores: Mapping[str, Tensor],
@@ -193,8 +177,6 @@ def width_plan(
     """Keep a fraction `width` of every group (channel reduction: MobileNet's width multiplier, arXiv 1704.04861).
 
     Args:
-        module: The network; not read, as widths do not depend on cost. Kept so that both deciders are called alike.
-        example: As `module`.
         groups: From `find_groups`.
         scores: From `score_groups`; decide which channels make up the kept width.
         width: Fraction of channels kept, in (0, 1].
@@ -205,7 +187,6 @@ def width_plan(
     Raises:
         RecipeError: If a width is out of range or a glob matches no group; names the group a layer belongs to.
     """
-    del module, example
     _check_settings(round_to, min_channels)
     for name, value in {"width": width, **{f"widths['{glob}']": value for glob, value in overrides.items()}}.items():
         if not 0 < value <= 1:
@@ -251,14 +232,17 @@ def _check_override(glob: str, groups: Sequence[ChannelGroup]) -> None:
     if fnmatch.filter(names, glob):
         return
     owner = next(
-        (g.name for g in groups for m in g.members if m.kind != "in" and fnmatch.fnmatchcase(m.layer, glob)), None
+        (g.name for g in groups for m in g.members if m.kind in WRITERS and fnmatch.fnmatchcase(m.layer, glob)), None
     )
     hint = f"; its channels belong to group '{owner}'" if owner else did_you_mean(glob, names)
     raise RecipeError(f"reduce_channels: widths['{glob}'] matches no channel group{hint}")
 
 
 def _named_by_another_layer(groups: Sequence[ChannelGroup], overrides: Mapping[str, float]) -> dict[str, str]:
-    """Groups that a glob meant, perhaps, but did not name: it matches a layer that writes to them, not their root."""
+    """Groups that a glob meant, perhaps, but did not name: filters of a layer it matches are in them, not their root.
+
+    Filters alone: the depthwise half of a separable convolution belongs to the layer before, which nobody meant.
+    """
     missed = {}
     for group in groups:
         if not group.prunable or any(fnmatch.fnmatchcase(group.name, glob) for glob in overrides):
