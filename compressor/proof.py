@@ -122,7 +122,7 @@ def prove(
         ),
         parity=parity,
         audit=speed.pop("audit"),
-        benchmark={**speed, "accuracy": accuracy, "retraining": retrain},
+        benchmark={**speed, "accuracy": accuracy, "memory_floor_bytes": retrain.get("floor_bytes")},
         data={"fingerprint": context.data.fingerprint, "labels": list(context.data.labels), **context.data.info},
         weights=weights,
         recipe={"hash": recipe_hash(recipe), **recipe.model_dump(mode="json")},

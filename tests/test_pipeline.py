@@ -125,6 +125,7 @@ def test_what_was_measured_is_there_and_what_was_not_is_null(finished: Finished)
         assert footprint["accuracy_ci"][0] <= footprint["accuracy"] <= footprint["accuracy_ci"][1]
         assert footprint["latency_ms"] <= footprint["latency_p95_ms"]
     assert any("retraining memory was not measured" in note for note in report["notes"])
+    assert report["benchmark"]["memory_floor_bytes"] is None
     assert report["result"]["macs"] <= 0.8 * report["baseline"]["macs"]
     assert report["result"]["train_time_s"] > report["baseline"]["train_time_s"]
 

@@ -19,9 +19,18 @@ from compressor.retrain import retrain
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-def test_retraining_is_measured_and_writes_nothing(tiny_network: None, tiny_images: Path, tmp_path: Path) -> None:
+def test_retraining_is_measured_and_writes_nothing(
+    tiny_network: None, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "run"
-    compress(write_recipe(tmp_path / "recipe.yaml", tiny_images, SHORT, PRUNE, SHORT), run)
+    figures = {"floor_bytes": 123_457, "average_bytes": 234_567, "peak_bytes": 345_679}
+    monkeypatch.setattr(proof, "_retrain_memory", lambda *_: figures)
+    report = compress(write_recipe(tmp_path / "recipe.yaml", tiny_images, SHORT, PRUNE, SHORT), run)
+    assert report.benchmark["memory_floor_bytes"] == 123_457
+    assert report.result.retrain_avg_memory_bytes == 234_567
+    assert report.result.retrain_peak_memory_bytes == 345_679
+    text = (run / "report.json").read_text()
+    assert [text.count(str(value)) for value in figures.values()] == [1, 1, 1], "each figure has one place"
     before = contents(tmp_path)
     measured = retrain(run, run / "stages" / "02-finetune", 2, 3)
     assert measured.keys() == {"floor_bytes", "average_bytes", "peak_bytes"}
