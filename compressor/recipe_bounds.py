@@ -101,13 +101,29 @@ AnyBound = Annotated[Bound, PlainValidator(parse_bound), _WRITE, _schema({}, _FR
 ReductionBound = Annotated[
     Bound, PlainValidator(_parse_reduction), _WRITE, _schema({}, f"{_FRACTION_TEXT} (at most 1x)")
 ]
+# Both read every fraction all the same: the rules between keys refuse those that nothing can meet, and say why.
+AbsoluteBound = Annotated[
+    Bound, PlainValidator(parse_bound), _WRITE, WithJsonSchema({"type": "number", "exclusiveMinimum": 0})
+]
+TrainingBound = Annotated[
+    Bound,
+    PlainValidator(parse_bound),
+    _WRITE,
+    _schema({}, "a fraction of a trained baseline's such as 3x (at least 1x)"),
+]
 AccuracyBound = Annotated[Bound, PlainValidator(_parse_accuracy), _WRITE, _schema({"maximum": 1}, _FRACTION_TEXT)]
 
 
-def _upper(what: str) -> Any:
-    return Field(
-        default=None, description=f"Largest allowed {what}: a number, or a fraction of the baseline's such as 0.5x."
-    )
+def _upper(what: str, fraction: str = ", or a fraction of the baseline's such as 0.5x") -> Any:
+    return Field(default=None, description=f"Largest allowed {what}: a number{fraction}.")
+
+
+def _training(what: str) -> Any:
+    return _upper(what, ", or a fraction of a trained baseline's, which it includes, such as 3x (at least 1x)")
+
+
+def _retraining(what: str) -> Any:
+    return _upper(f"{what} of retraining the slim network, in bytes", "; the baseline is not retrained")
 
 
 class Budget(BaseModel):
@@ -136,11 +152,11 @@ class Budget(BaseModel):
         lt=1,
         description="Largest allowed baseline accuracy minus result accuracy; 0.03 = three points.",
     )
-    train_time_s: AnyBound | None = _upper("training time of all stages in seconds")
-    train_avg_memory_bytes: AnyBound | None = _upper("time-weighted mean resident memory of training, in bytes")
-    train_peak_memory_bytes: AnyBound | None = _upper("peak resident memory of training, in bytes")
-    retrain_avg_memory_bytes: AnyBound | None = _upper("mean resident memory of retraining the slim network, in bytes")
-    retrain_peak_memory_bytes: AnyBound | None = _upper("peak resident memory of retraining the slim network, in bytes")
+    train_time_s: TrainingBound | None = _training("training time of all stages in seconds")
+    train_avg_memory_bytes: TrainingBound | None = _training("time-weighted mean resident memory of training, in bytes")
+    train_peak_memory_bytes: TrainingBound | None = _training("peak resident memory of training, in bytes")
+    retrain_avg_memory_bytes: AbsoluteBound | None = _retraining("mean resident memory")
+    retrain_peak_memory_bytes: AbsoluteBound | None = _retraining("peak resident memory")
 
     def bounds(self) -> dict[str, Bound]:
         """Return the bounds that are set, by footprint name (`accuracy_drop` apart)."""

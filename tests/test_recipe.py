@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from typing import Any
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from compressor.recipe import DropBlocks, Finetune, Prune, Quantize, Recipe
+from compressor.recipe import Budget, DropBlocks, Finetune, Prune, Quantize, Recipe
 from compressor.recipe_faults import validate
 from compressor.recipe_rules import broken_rules
 from compressor.strict_yaml import format_path
@@ -268,6 +269,17 @@ def test_a_budget_that_nothing_can_meet_is_refused(changes: dict[str, Any], key:
 def test_budgets_that_can_be_met_are_taken() -> None:
     budget = {"retrain_peak_memory_bytes": 1e9, "train_peak_memory_bytes": "1x", "train_time_s": "3x"}
     assert faults_of(budget=budget, stages=[TRAIN, PRUNE, TRAIN]) == []
+
+
+def test_fractions_that_descriptions_give_as_examples_are_taken() -> None:
+    fields = Budget.model_fields.items()
+    examples = {name: re.findall(r"[0-9][0-9.]*x", field.description or "") for name, field in fields}
+    assert {name for name, found in examples.items() if not found} == {
+        *("accuracy_drop", "retrain_avg_memory_bytes", "retrain_peak_memory_bytes")
+    }
+    for name, found in examples.items():
+        for fraction in found:
+            assert faults_of(budget={name: fraction}, stages=[TRAIN, PRUNE, TRAIN]) == [], name
 
 
 def test_quarter_turns_need_a_square_input() -> None:
