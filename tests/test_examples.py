@@ -9,15 +9,24 @@ from PIL import Image
 from compressor.data.synthetic_pcb import CLASSES
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+LABEL_WIDTH, GAP = 84, 4  # as the example draws them
+
+
+def is_plain(picture: Image.Image) -> bool:
+    return len(picture.getcolors(picture.width * picture.height) or ()) == 1
 
 
 def test_contact_sheet_shows_every_class(tmp_path: Path) -> None:
     target = tmp_path / "sheet.png"
     command = [sys.executable, str(REPOSITORY / "examples" / "contact_sheet.py"), str(target)]
-    subprocess.run([*command, "--columns", "2", "--zoom", "2"], cwd=tmp_path, check=True)
+    columns, size, zoom = 2, 64, 2
+    subprocess.run([*command, "--columns", str(columns), "--zoom", str(zoom)], cwd=tmp_path, check=True)
     with Image.open(target) as sheet:
-        rows, remainder = divmod(sheet.height, len(CLASSES))
-        assert remainder == 0
+        tile = size * zoom + GAP
+        assert sheet.size == (LABEL_WIDTH + columns * tile, len(CLASSES) * tile)
         for row in range(len(CLASSES)):
-            crop = sheet.crop((sheet.width // 2, row * rows, sheet.width - 8, row * rows + rows - 8))
-            assert len(crop.getcolors(4096) or range(4096)) > 1, "a tile holds a picture, not one colour"
+            for column in range(columns):
+                left, top = LABEL_WIDTH + column * tile, row * tile
+                assert not is_plain(sheet.crop((left, top, left + size * zoom, top + size * zoom)))
+        # So the check above can fail: neither gap nor label is in a tile.
+        assert is_plain(sheet.crop((LABEL_WIDTH + size * zoom, 0, LABEL_WIDTH + tile, sheet.height)))
