@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import nn
 
-from compressor.artifacts import write_via
+from compressor.artifacts import atomic_write, write_via
 from compressor.data.files import label_of
 from compressor.errors import ResourceError, UnsupportedModelError
 from compressor.preprocess import InputSpec, embed_preprocessing
@@ -75,28 +75,9 @@ def _publish(
     return Published(onnx=path if portable else None, xml=xml, bin=xml.with_suffix(".bin"))
 
 
-def export_float_onnx(module: nn.Module, spec: InputSpec, path: Path, labels: Sequence[str]) -> None:
-    """Write the FP32 ONNX alone; `publish_float` writes the IR too and traces once."""
-    save_onnx(trace_float(module, spec), spec, path, labels)
-
-
-def export_int8_onnx(quantized: nn.Module, spec: InputSpec, path: Path, labels: Sequence[str]) -> None:
-    """Write the INT8 Q/DQ ONNX alone.
-
-    Raises:
-        UnsupportedModelError: Activations are quantised per channel, which onnxruntime refuses.
-    """
-    save_onnx(trace_int8(quantized, spec), spec, path, labels)
-
-
 def convert_float_ir(module: nn.Module, spec: InputSpec, labels: Sequence[str]) -> ov.Model:
     """Return the FP32 IR with preprocessing and labels inside; see `convert_ir`."""
     return convert_ir(trace_float(module, spec), spec, labels)
-
-
-def convert_int8_ir(quantized: nn.Module, spec: InputSpec, labels: Sequence[str]) -> ov.Model:
-    """Return the INT8 IR with preprocessing and labels inside; see `convert_ir`."""
-    return convert_ir(trace_int8(quantized, spec), spec, labels)
 
 
 def trace_float(module: nn.Module, spec: InputSpec, *, opset: int = OPSET) -> onnx.ModelProto:
@@ -233,11 +214,7 @@ def save_onnx(network: onnx.ModelProto, spec: InputSpec, path: Path, labels: Seq
         model, {f"model_info {key}": value for key, value in model_info(spec, labels, embedded=False).items()}
     )
     onnx.checker.check_model(model, full_check=True)
-    write_via(path, lambda temporary: _write_bytes(temporary, model.SerializeToString()))
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+    atomic_write(path, model.SerializeToString())
 
 
 def convert_ir(network: onnx.ModelProto, spec: InputSpec, labels: Sequence[str]) -> ov.Model:

@@ -18,12 +18,11 @@ from compressor.errors import ResourceError, UnsupportedModelError
 from compressor.export import (
     Published,
     convert_float_ir,
-    export_float_onnx,
-    export_int8_onnx,
     model_info,
     publish_float,
     publish_int8,
     save_ir,
+    save_onnx,
     trace_int8,
 )
 from compressor.folding import fold_batchnorm
@@ -97,12 +96,15 @@ def test_int8_onnx_stores_int8_and_no_batchnorm(case: Case) -> None:
     assert kinds["DequantizeLinear"] == kinds["QuantizeLinear"] + 8
 
 
-def test_stored_weights_give_the_same_logits_as_quantizing_at_load(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stored_weights_give_the_same_logits_as_quantizing_at_load(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = pictures(8)
-    assert case.int8_files.onnx is not None
     monkeypatch.setattr(export, "_store_weights_as_int8", lambda network: None)
-    plain = case.int8_files.onnx.with_name("plain.onnx")
-    export_int8_onnx(case.quantized, SPEC, plain, LABELS)
+    plain = publish_int8(case.quantized, SPEC, LABELS, tmp_path / "plain").onnx
+    assert plain is not None
+    assert case.int8_files.onnx is not None
+    assert plain.stat().st_size > 2 * case.int8_files.onnx.stat().st_size
     assert np.array_equal(onnx_logits(plain, images), onnx_logits(case.int8_files.onnx, images))
 
 
@@ -210,7 +212,7 @@ def test_per_channel_activations_give_an_ir_but_no_onnx(case: Case, tmp_path: Pa
     logits = torch_logits(quantized, images, SPEC)
     assert np.abs(ir_logits(files.xml, images, F32) - logits).max() < 0.05 * np.ptp(logits)
     with pytest.raises(UnsupportedModelError, match="per_channel_activations: false"):
-        export_int8_onnx(quantized, SPEC, tmp_path / "refused.onnx", LABELS)
+        save_onnx(trace_int8(quantized, SPEC), SPEC, tmp_path / "refused.onnx", LABELS)
     assert not (tmp_path / "refused.onnx").exists()
 
 
@@ -239,10 +241,10 @@ def test_failed_write_leaves_nothing(case: Case, tmp_path: Path, monkeypatch: py
 
 
 def test_files_carry_no_path_of_this_machine(case: Case, tmp_path: Path) -> None:
-    onnx_path = tmp_path / "float.onnx"
-    export_float_onnx(case.float_network, SPEC, onnx_path, LABELS)
     here = str(Path(__file__).resolve().parent.parent).encode()
-    for path in (onnx_path, case.float_files.xml, case.int8_files.xml):
+    assert tmp_path.parent in case.float_files.xml.parents
+    for path in (case.float_files.onnx, case.float_files.xml, case.int8_files.onnx, case.int8_files.xml):
+        assert path is not None
         content = path.read_bytes()
         assert here not in content
         assert str(tmp_path.parent).encode() not in content
