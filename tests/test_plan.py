@@ -104,6 +104,16 @@ def test_targets_are_met_or_refused(
     assert PrunePlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
+def test_channels_traced_to_where_there_are_none_are_not_pruned() -> None:
+    spec = Spec(("dense", "residual", "dense"), (4, 4, 4, 4), False, False, "relu", "flatten", 4, 0)
+    case = Case(spec, "random")
+    assert "does not have" in (group_named(case, "pieces.0.a.conv").reason or "")
+    plan = case.decide(target_macs=int(0.8 * count(case.net, case.example).macs), round_to=1, min_channels=1)
+    cut = copy.deepcopy(case.net)
+    apply_plan(cut, plan, case.example)
+    assert count(cut, case.example).macs <= 0.8 * count(case.net, case.example).macs
+
+
 @pytest.mark.parametrize("ranking", ["local", "global"])
 def test_tighter_targets_keep_subsets(ranking: str) -> None:
     case = Case()

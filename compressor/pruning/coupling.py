@@ -6,6 +6,7 @@ decisions is ours, because Torch-Pruning leaves grouped convolutions and partly 
 """
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -132,6 +133,10 @@ def _walk(
             layer = item.dep.target.module
             out = item.dep.handler == graph.get_pruner_of_module(layer).prune_out_channels
             side, problem = _side(layer, names.get(layer, ""), out=out)
+            if problem is None and max(item.idxs, default=0) >= _side_width(layer, out=out):
+                # Torch-Pruning 1.6.1, residual of a concatenation concatenated again. Cutting nothing passes every
+                # proof, but a plan's cost would count it.
+                problem = f"'{names.get(layer, '')}' was traced to channels that it does not have"
             if side is not None:
                 yield root_side, side, list(zip(item.root_idxs, item.idxs, strict=True)), problem
 
@@ -147,6 +152,18 @@ def _root_width(layer: nn.Module) -> int | None:
         # Torch-Pruning takes any convolution with groups == out_channels for a depthwise one.
         return None if 1 < layer.groups == layer.out_channels else layer.out_channels
     return layer.out_features if isinstance(layer, nn.Linear) else None
+
+
+def _side_width(layer: object, *, out: bool) -> float:
+    """Channels of a layer side; infinite for what has no width of its own."""
+    match layer:
+        case nn.Conv2d():
+            return layer.out_channels if out else layer.in_channels
+        case nn.Linear():
+            return layer.out_features if out else layer.in_features
+        case nn.BatchNorm1d() | nn.BatchNorm2d() | nn.BatchNorm3d():
+            return layer.num_features
+    return math.inf
 
 
 def _side(layer: object, name: str, *, out: bool) -> tuple[Side | None, str | None]:
