@@ -268,6 +268,7 @@ def test_a_budget_that_nothing_can_meet_is_refused(changes: dict[str, Any], key:
 
 def test_budgets_that_can_be_met_are_taken() -> None:
     budget = {"retrain_peak_memory_bytes": 1e9, "train_peak_memory_bytes": "1x", "train_time_s": "3x"}
+    budget |= {"train_avg_memory_bytes": "0.9x"}  # the slim network's epochs may need less than the baseline's
     assert faults_of(budget=budget, stages=[TRAIN, PRUNE, TRAIN]) == []
 
 
