@@ -9,6 +9,7 @@ import torch
 from separable_network import SeparableNetwork, normalised, pictures, trained, varied
 from torch import Tensor, nn
 
+import compressor.fake_quantize
 from compressor import quantization
 from compressor.errors import RecipeError, UnsupportedModelError
 from compressor.fake_quantize import AsymmetricQuantize, SymmetricQuantize, fake_quantize, fake_quantize_gradients
@@ -234,6 +235,29 @@ def test_kernels_equal_nncf_reference(low: Tensor, span: Tensor, level_low: int,
     wanted = reference.backward(grad.numpy().copy(), *(a.copy() for a in arrays), levels, level_low, level_high)
     for got, want in zip(grads, wanted, strict=True):
         torch.testing.assert_close(got, torch.as_tensor(want).reshape(got.shape), rtol=1e-3, atol=2e-2)
+
+
+@pytest.mark.parametrize("ranges", [1, 8], ids=["per-tensor", "per-filter"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_kernels_do_not_depend_on_the_pieces(
+    ranges: int, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, grad = (torch.randn(8, 5, 3, 7).contiguous(memory_format=layout) for _ in range(2))
+    low, span = -torch.rand(ranges, 1, 1, 1) - 0.1, torch.rand(ranges, 1, 1, 1) + 0.5
+    whole = (fake_quantize(x, low, span, 256), *fake_quantize_gradients(grad, x, low, span, 256, 0, 255))
+    monkeypatch.setattr(compressor.fake_quantize, "PIECE", 13)
+    pieces = (fake_quantize(x, low, span, 256), *fake_quantize_gradients(grad, x, low, span, 256, 0, 255))
+    for got, want in zip(pieces, whole, strict=True):
+        assert got.stride() == want.stride()
+        torch.testing.assert_close(got, want)
+
+
+def test_kernels_take_tensors_with_gaps() -> None:
+    x = torch.randn(4, 6, 5, 5)[:, ::2].requires_grad_()
+    out = AsymmetricQuantize.apply(x, torch.tensor([-1.0]), torch.tensor([2.0]), 0, 255, 256)
+    assert torch.equal(out, fake_quantize(x.detach().contiguous(), torch.tensor([-1.0]), torch.tensor([2.0]), 256))
+    (wanted,) = torch.autograd.grad(out, x, torch.ones(1).expand(out.shape))  # a gradient with strides of zero
+    assert torch.equal(wanted, (x.abs() <= 1).float())
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
