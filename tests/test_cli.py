@@ -305,7 +305,7 @@ def test_missing_data_ends_with_4_and_leaves_no_run(tmp_path: Path) -> None:
 
 def test_validate_tells_all_faults_or_the_hash(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert cli.main(["validate", str(REPOSITORY / RECIPE)]) == 0
-    assert ": valid, 5 stages, hash " in capsys.readouterr().out
+    assert ": valid, 6 stages, hash " in capsys.readouterr().out
     assert cli.main(["validate", str(REPOSITORY / RECIPE), "--json", "--set", "seed=3"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["valid"] is True
