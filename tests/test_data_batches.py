@@ -71,6 +71,33 @@ def test_each_image_becomes_one_of_the_allowed_symmetries_and_each_occurs(
     assert min(seen[k] for k in allowed) > 300 / len(allowed) * 0.6
 
 
+@pytest.mark.parametrize(
+    ("augment", "numbers"),
+    [
+        (Augment(flip=False), (0,)),
+        (Augment(), (0, 1)),
+        (Augment(vertical_flip=True), (0, 1, 2, 3)),
+        (Augment(flip=False, rotate90=True), (0, 3, 5, 6)),
+        (Augment(rotate90=True), tuple(range(8))),
+        (Augment(shift=1), None),
+        (Augment(crop=0.9), None),
+    ],
+)
+def test_orientations_are_numbered_and_one_number_is_one_orientation(
+    augment: Augment, numbers: tuple[int, ...] | None
+) -> None:
+    assert augment.orientations() == numbers
+    if numbers is None:
+        return
+    image = batch(1, 4)
+    draw = augment.draw(300, torch.Generator().manual_seed(0))
+    changed = augment.apply(image.expand(300, 3, 4, 4), draw)
+    assert set(draw.orientations.tolist()) == set(numbers)
+    of_number = [changed[draw.orientations == number].unique(dim=0) for number in numbers]
+    assert all(len(images) == 1 for images in of_number)
+    assert len(torch.cat(of_number).unique(dim=0)) == len(numbers)
+
+
 def test_shift_is_a_crop_of_the_reflection_padded_image() -> None:
     x, shift = batch(50), 3
     y = Augment(flip=False, shift=shift)(x, torch.Generator().manual_seed(0))

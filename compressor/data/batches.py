@@ -42,6 +42,22 @@ def to_input(
 
 
 @dataclass(frozen=True)
+class Draw:
+    """What was drawn for the images of one batch.
+
+    Attributes:
+        orientations: int64 (N,), 0 = as it is: bit 0 mirrors left and right, bit 1 top and bottom, bit 2 swaps rows and
+            columns afterwards. A quarter turn is a swap and a mirroring, so these eight are all there are.
+        shifts: int64 (N, 2), pixels down and right; None = none.
+        windows: Sides and centre of each image's rectangle, float32 (N, 2) each, width and height; None = the whole.
+    """
+
+    orientations: Tensor
+    shifts: Tensor | None = None
+    windows: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True)
 class Augment:
     """Random changes drawn anew for every image of a batch.
 
@@ -61,7 +77,7 @@ class Augment:
     crop: float = 1.0
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Return changed images; the input is left alone, or returned when nothing is asked for.
+        """Return changed images; the input is left alone, or returned when nothing is changed.
 
         Args:
             x: (N, C, H, W), any dtype and device.
@@ -73,50 +89,104 @@ class Augment:
         Raises:
             ValueError: `rotate90` on images that are not square.
         """
-        if self.flip or self.vertical_flip or self.shift or self.rotate90:
-            x = self._move(x, generator)
-        return _crop(x, self.crop, generator) if self.crop < 1 else x
+        return self.apply(x, self.draw(len(x), generator))
 
-    def _move(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Everything that only moves pixels: no value changes."""
-        n, channels, height, width = x.shape
-        if self.rotate90 and height != width:
-            raise ValueError(f"augment.rotate90 needs square images; {height} x {width} found")
-        # A quarter turn is a transposition and a mirroring, so every change is a choice of source row and source
-        # column, and all together are one gather: out[i, j] = x[rows[i], columns[j]], or x[rows[j], columns[i]].
+    def draw(self, n: int, generator: torch.Generator) -> Draw:
+        """Decide what happens to `n` images."""
         turns = torch.randint(4, (n,), generator=generator) if self.rotate90 else torch.zeros(n, dtype=torch.int64)
-        mirror_rows = ((turns == 2) | (turns == 3)) ^ _coins(n, self.vertical_flip, generator)
-        mirror_columns = ((turns == 1) | (turns == 2)) ^ _coins(n, self.flip, generator)
-        rows = _sources(height, mirror_rows, self.shift, generator)  # (N, H)
-        columns = _sources(width, mirror_columns, self.shift, generator)  # (N, W)
-        flat = rows[:, :, None] * width + columns[:, None, :]  # (N, H, W)
-        if self.rotate90:
-            flat = torch.where((turns % 2 == 1)[:, None, None], flat.transpose(1, 2), flat)
-        flat += torch.arange(n)[:, None, None] * (height * width)
-        pixels = x.permute(0, 2, 3, 1).reshape(n * height * width, channels)  # a view in channels_last memory
-        moved = pixels.index_select(0, flat.reshape(-1).to(x.device))
-        return moved.view(n, height, width, channels).permute(0, 3, 1, 2)
+        mirror_rows = _coins(n, self.vertical_flip, generator)
+        mirror_columns = _coins(n, self.flip, generator)
+        shifts = windows = None
+        if self.shift:
+            down, right = (torch.randint(-self.shift, self.shift + 1, (n, 1), generator=generator) for _ in range(2))
+            shifts = torch.cat([down, right], dim=1)
+        if self.crop < 1:
+            sides = self.crop + (1 - self.crop) * torch.rand(n, 2, generator=generator)
+            windows = sides, (2 * torch.rand(n, 2, generator=generator) - 1) * (1 - sides)  # centres, in -1..1
+        return Draw(_orientation(turns, mirror_rows, mirror_columns), shifts, windows)
+
+    def apply(self, x: Tensor, draw: Draw) -> Tensor:
+        """Do to (N, C, H, W) what was drawn; see `__call__`."""
+        if self.rotate90 and x.shape[2] != x.shape[3]:
+            raise ValueError(f"augment.rotate90 needs square images; {x.shape[2]} x {x.shape[3]} found")
+        if draw.shifts is not None or bool(draw.orientations.any()):
+            x = _move(x, draw)
+        return x if draw.windows is None else _crop(x, *draw.windows)
+
+    def orientations(self) -> tuple[int, ...] | None:
+        """All that `Draw.orientations` can be, where nothing else is drawn; None = the changes cannot be numbered."""
+        if self.shift or self.crop < 1:
+            return None
+        turns = torch.arange(4 if self.rotate90 else 1)[:, None, None]
+        mirror_rows = torch.arange(2 if self.vertical_flip else 1).bool()[:, None]
+        mirror_columns = torch.arange(2 if self.flip else 1).bool()
+        return tuple(sorted(set(_orientation(turns, mirror_rows, mirror_columns).flatten().tolist())))
+
+
+def draws(
+    count: int, *, size: int, generator: torch.Generator, augment: Augment | None
+) -> Iterator[tuple[NDArray[np.int64], Draw]]:
+    """One shuffled pass over `count` images: which ones make up each batch, and what happens to them.
+
+    Without the ragged rest: a tiny batch would spoil BatchNorm statistics.
+    """
+    order = torch.randperm(count, generator=generator).numpy()
+    size = min(size, count)
+    for start in range(0, count - size + 1, size):
+        # Sorted: neighbouring reads of the memory-mapped array; the order inside a batch does not matter.
+        chosen = np.sort(order[start : start + size])
+        yield chosen, augment.draw(size, generator) if augment else Draw(torch.zeros(size, dtype=torch.int64))
+
+
+def drawn_images(
+    split: Split, spec: InputSpec, chosen: NDArray[np.int64], draw: Draw, *, augment: Augment | None, device: str
+) -> Tensor:
+    """The images of one batch as a network is fed them, (N, 3, H, W)."""
+    x = to_input(split.images[chosen], spec, device)
+    return augment.apply(x, draw) if augment else x
 
 
 def batches(
     split: Split, spec: InputSpec, *, size: int, generator: torch.Generator, augment: Augment | None, device: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One shuffled pass over a split, without the ragged rest (a tiny batch would spoil BatchNorm statistics)."""
-    order = torch.randperm(len(split.labels), generator=generator).numpy()
-    size = min(size, len(order))
-    for start in range(0, len(order) - size + 1, size):
-        # Sorted: neighbouring reads of the memory-mapped array; the order inside a batch does not matter.
-        chosen = np.sort(order[start : start + size])
-        x = to_input(split.images[chosen], spec, device)
-        if augment is not None:
-            x = augment(x, generator)
-        yield x, torch.from_numpy(np.asarray(split.labels[chosen])).to(device)
+    """One shuffled pass over a split: images (N, 3, H, W) and labels (N,); see `draws`."""
+    for chosen, draw in draws(len(split.labels), size=size, generator=generator, augment=augment):
+        x = drawn_images(split, spec, chosen, draw, augment=augment, device=device)
+        yield x, labels_of(split, chosen, device)
 
 
-def _crop(x: Tensor, smallest: float, generator: torch.Generator) -> Tensor:
-    """A random rectangle of every image, at the size of the whole; (N, C, H, W) as it came."""
-    sides = smallest + (1 - smallest) * torch.rand(len(x), 2, generator=generator)  # of width and height
-    places = (2 * torch.rand(len(x), 2, generator=generator) - 1) * (1 - sides)  # centres, in -1..1
+def labels_of(split: Split, chosen: NDArray[np.int64], device: str) -> Tensor:
+    """Labels of one batch, int64 (N,)."""
+    return torch.from_numpy(np.asarray(split.labels[chosen])).to(device)
+
+
+def _orientation(turns: Tensor, mirror_rows: Tensor, mirror_columns: Tensor) -> Tensor:
+    """Number of the orientation that quarter turns and then mirrorings give; see `Draw`."""
+    rows = ((turns == 2) | (turns == 3)) ^ mirror_rows
+    columns = ((turns == 1) | (turns == 2)) ^ mirror_columns
+    return turns % 2 * 4 + rows * 2 + columns
+
+
+def _move(x: Tensor, draw: Draw) -> Tensor:
+    """Everything that only moves pixels: no value changes."""
+    n, channels, height, width = x.shape
+    down, right = (None, None) if draw.shifts is None else (draw.shifts[:, :1], draw.shifts[:, 1:])
+    # Every change is a choice of source row and source column, and all together are one gather:
+    # out[i, j] = x[rows[i], columns[j]], or x[rows[j], columns[i]] where rows and columns are swapped.
+    rows = _sources(height, draw.orientations & 2 > 0, down)  # (N, H)
+    columns = _sources(width, draw.orientations & 1 > 0, right)  # (N, W)
+    flat = rows[:, :, None] * width + columns[:, None, :]  # (N, H, W)
+    swapped = draw.orientations & 4 > 0
+    if bool(swapped.any()):
+        flat = torch.where(swapped[:, None, None], flat.transpose(1, 2), flat)
+    flat += torch.arange(n)[:, None, None] * (height * width)
+    pixels = x.permute(0, 2, 3, 1).reshape(n * height * width, channels)  # a view in channels_last memory
+    moved = pixels.index_select(0, flat.reshape(-1).to(x.device))
+    return moved.view(n, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _crop(x: Tensor, sides: Tensor, places: Tensor) -> Tensor:
+    """A rectangle of every image, at the size of the whole; (N, C, H, W) as it came."""
     affine = torch.cat([torch.diag_embed(sides), places[:, :, None]], dim=2)  # (N, 2, 3), acting on (column, row)
     grid = F.affine_grid(affine.to(x), list(x.shape), align_corners=False)
     cropped = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
@@ -128,11 +198,11 @@ def _coins(n: int, wanted: bool, generator: torch.Generator) -> Tensor:
     return torch.randint(2, (n,), generator=generator).bool() if wanted else torch.zeros(n, dtype=torch.bool)
 
 
-def _sources(length: int, mirror: Tensor, shift: int, generator: torch.Generator) -> Tensor:
+def _sources(length: int, mirror: Tensor, shift: Tensor | None) -> Tensor:
     """Which source line each output line shows, int64 (n, length)."""
     lines = torch.arange(length).expand(len(mirror), length)
-    if shift:
-        lines = lines + torch.randint(-shift, shift + 1, (len(mirror), 1), generator=generator)
+    if shift is not None:
+        lines = lines + shift
         # Reflection without repeating the edge, for shifts of any size: a triangle wave of period 2 (length - 1).
         period = max(2 * (length - 1), 1)
         lines = lines.remainder(period)
