@@ -4,7 +4,7 @@ Invariant: `Context` never changes during a run, and networks are on the CPU exc
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from compressor.data import Dataset
 from compressor.data.batches import Augment
 from compressor.errors import RecipeError
+from compressor.feed import freezing, parameters_of
 from compressor.inference import visiting
 from compressor.memory import MemoryUse, joined, measure_memory
-from compressor.recipe_stages import Training
+from compressor.pruning.groups import resolve_scope
+from compressor.recipe_stages import Finetune, Training
 from compressor.report import Footprint
 from compressor.training import Distillation, TrainingResult, finetune
 
@@ -64,6 +66,20 @@ def located(where: str) -> Iterator[None]:
         raise RecipeError(f"{where}: {error}") from error
 
 
+def resolve_freeze(module: nn.Module, globs: Collection[str], *, where: str) -> set[str]:
+    """Names of all modules that a training leaves as they are.
+
+    Raises:
+        RecipeError: a glob matches nothing, or nothing is left to train.
+    """
+    frozen = resolve_scope(module, globs, where=where)
+    held = {id(parameter) for parameter in parameters_of(module, frozen)}
+    if held and all(id(parameter) in held for parameter in module.parameters()):
+        last = list(dict.fromkeys(name.partition(".")[0] for name, _ in module.named_parameters()))[-1]
+        raise RecipeError(f"{where}: {list(globs)} leave no layer to train; leave out '{last}' at least")
+    return frozen
+
+
 def train(
     module: nn.Module, options: Training, context: Context, assignment: Assignment, *, round_index: int = 0
 ) -> TrainingResult:
@@ -72,10 +88,15 @@ def train(
     if options.distill is not None:
         assert assignment.teacher is not None, "the recipe validator demands a baseline before distillation"
         distill = Distillation(assignment.teacher, options.distill.temperature, options.distill.weight)
-    values = options.model_dump(exclude={"type", "augment", "distill"})
+    values = options.model_dump(exclude={"type", "augment", "distill", "freeze", "freeze_cache_gb"})
     augment = Augment(**options.augment.model_dump())
     data = context.data
-    with visiting(context.device, module, *([distill.teacher] if distill else [])):
+    where = assignment.where if isinstance(options, Finetune) else f"{assignment.where}.recovery"
+    layers = resolve_freeze(module, options.freeze, where=f"{where}.freeze")
+    with (
+        visiting(context.device, module, *([distill.teacher] if distill else [])),
+        freezing(module, layers, folder=context.run_dir, max_bytes=int(options.freeze_cache_gb * 1e9)) as frozen,
+    ):
         return finetune(
             module,
             train=data.train,
@@ -83,6 +104,7 @@ def train(
             spec=data.spec,
             augment=augment,
             distill=distill,
+            frozen=frozen,
             seed=assignment.seed + round_index,
             device=context.device,
             **values,
@@ -101,6 +123,7 @@ def recovery(
         with measure_memory() as memory:
             result = train(module, options, context, assignment, round_index=index)
         histories.append(dataclasses.asdict(result))
+        work.notes += result.frozen["notes"] if result.frozen else []
         spent = work.train_time_s or 0.0
         work.memory = memory if work.memory is None else joined(work.memory, spent, memory, result.seconds)
         work.train_time_s = spent + result.seconds

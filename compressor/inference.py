@@ -5,7 +5,7 @@ Invariant: weights are never changed, and every network comes back on the device
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -57,24 +57,35 @@ def predict(
     *,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    features: Callable[[slice], Tensor] | None = None,
 ) -> Tensor:
-    """Logits in evaluation mode: `(N, H, W, 3)` uint8 -> `(N, classes)` float32 on the CPU."""
+    """Logits in evaluation mode: `(N, H, W, 3)` uint8 -> `(N, classes)` float32 on the CPU.
+
+    With `features` the module is a network's end, and is given what they return for some of the images instead.
+    """
     was_training = module.training
     module.eval()
     outputs = []
     with visiting(device, module), autocast(dtype, device):
         for start in range(0, len(images), EVALUATION_BATCH):
-            out = module(to_input(images[start : start + EVALUATION_BATCH], spec, device))
+            rows = slice(start, start + EVALUATION_BATCH)
+            out = module(features(rows) if features else to_input(images[rows], spec, device))
             outputs.append(out.float().cpu())
     module.train(was_training)
     return torch.cat(outputs)
 
 
 def evaluate(
-    module: nn.Module, split: Split, spec: InputSpec, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+    module: nn.Module,
+    split: Split,
+    spec: InputSpec,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    features: Callable[[slice], Tensor] | None = None,
 ) -> tuple[float, float]:
-    """Top-1 accuracy (fraction) and mean cross-entropy of a split, weighted by images."""
-    logits = predict(module, split.images, spec, device=device, dtype=dtype)
+    """Top-1 accuracy (fraction) and mean cross-entropy of a split, weighted by images; `features` as in `predict`."""
+    logits = predict(module, split.images, spec, device=device, dtype=dtype, features=features)
     labels = torch.from_numpy(np.asarray(split.labels))
     loss = float(F.cross_entropy(logits, labels))
     return float(top1(logits.numpy(), np.asarray(split.labels)).mean()), loss

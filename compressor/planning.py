@@ -23,6 +23,7 @@ from compressor.pruning.kernels import replace_kernels
 from compressor.recipe_loader import load_recipe
 from compressor.report import Footprint
 from compressor.structure import (
+    check_scopes,
     choose_blocks,
     choose_channels,
     choose_kernels,
@@ -51,6 +52,7 @@ def plan_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         load_weights(module, name=recipe.model.name, weights=recipe.model.weights)
     except ResourceError as error:
         notes.append(f"planned on random weights ({error})")
+    check_scopes(module, recipe.stages)
     example = torch.zeros(1, 3, *recipe.input.size)
     counts = count(module, example)
     baseline = Footprint(params=counts.params, macs=counts.macs)
@@ -70,7 +72,8 @@ def _simulate(
     match stage:
         case spec.Finetune():
             length = f"{stage.epochs} epochs" if stage.epochs else f"{stage.steps} steps"
-            return f"finetune, {length}{', distilled' if stage.distill else ''}", {}
+            frozen = f", {', '.join(stage.freeze)} frozen" if stage.freeze else ""
+            return f"finetune, {length}{', distilled' if stage.distill else ''}{frozen}", {}
         case spec.Quantize():
             return f"quantize to {stage.precision}, {stage.subset_size} calibration images", {}
         case spec.Prune():

@@ -28,6 +28,8 @@ SYNONYMS: Mapping[str, str] = {
     "divisor": "round_to",
     "exclude": "ignored_scope",
     "flops": "macs",
+    "freeze_layers": "freeze",
+    "frozen": "freeze",
     "hflip": "flip",
     "ignore": "ignored_scope",
     "ignored_layers": "ignored_scope",

@@ -121,6 +121,18 @@ class Training(BaseModel):
     patience: int | None = Field(
         default=None, ge=1, description="Stop when validation has not improved for this many epochs; null = never."
     )
+    freeze: Globs = Field(
+        default=(),
+        description="Globs over module names that stay as they are, statistics of BatchNorm too; one that matches "
+        "nothing is an error.",
+    )
+    freeze_cache_gb: float = Field(
+        default=4.0,
+        ge=0,
+        le=100_000,
+        description="Disk space, in 10^9 bytes, for what frozen first layers give: computed once for an image and each "
+        "flip or turn of it, unless it is shifted or cropped; 0 = computed anew every time.",
+    )
     augment: Augment = Field(default=Augment(), description="Random changes to training images.")
     distill: Distill | None = Field(
         default=None, description="Learn from the baseline's outputs too; null = from the labels alone."

@@ -1,6 +1,6 @@
 """Measure what training the slim network takes on a device: the last `finetune` alone, in a process of its own.
 
-Invariant: prints one JSON line and writes nothing; the teacher is left out, since a device has none.
+Invariant: prints one JSON line and leaves nothing written; the teacher is left out, since a device has none.
 """
 
 import json
@@ -23,8 +23,10 @@ def retrain(run: Path, stage_folder: Path, index: int, steps: int) -> dict[str, 
     import torch
 
     from compressor.checkpoint import load_network
+    from compressor.context import resolve_freeze
     from compressor.data import load_dataset
     from compressor.data.batches import Augment
+    from compressor.feed import freezing
     from compressor.pipeline import input_spec
     from compressor.recipe import Training
     from compressor.recipe_loader import load_recipe
@@ -38,8 +40,14 @@ def retrain(run: Path, stage_folder: Path, index: int, steps: int) -> dict[str, 
     torch.manual_seed(recipe.seed)
     data = load_dataset(spec=spec, cache=cache_dir() / "data", seed=recipe.seed, **recipe.data.model_dump())
     network = load_network(stage_folder)
-    options = stage.model_dump(exclude={"type", "augment", "distill", "epochs", "steps", "patience"})
-    with measure_memory() as memory:
+    left_out = {"type", "augment", "distill", "epochs", "steps", "patience", "freeze", "freeze_cache_gb"}
+    options = stage.model_dump(exclude=left_out)
+    layers = resolve_freeze(network.module, stage.freeze, where=f"stages[{index}].freeze")
+    max_bytes = int(stage.freeze_cache_gb * 1e9)
+    with (
+        measure_memory() as memory,
+        freezing(network.module, layers, folder=cache_dir(), max_bytes=max_bytes) as frozen,
+    ):
         finetune(
             network.module,
             train=data.train,
@@ -47,6 +55,7 @@ def retrain(run: Path, stage_folder: Path, index: int, steps: int) -> dict[str, 
             spec=spec,
             steps=steps,
             augment=Augment(**stage.augment.model_dump()),
+            frozen=frozen,
             seed=recipe.seed,
             **options,
         )

@@ -127,6 +127,7 @@ def _finetune(module: nn.Module, stage: spec.Finetune, context: Context, assignm
         result = train(module, stage, context, assignment)
     work.memory, work.train_time_s = memory, result.seconds
     work.details = dataclasses.asdict(result)
+    work.notes += result.frozen["notes"] if result.frozen else []
 
 
 def _quantize(

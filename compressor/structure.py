@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor import recipe as spec
-from compressor.context import Assignment, Context, Work, located, recovery
+from compressor.context import Assignment, Context, Work, located, recovery, resolve_freeze
 from compressor.data import Split, calibration_indices
 from compressor.data.batches import to_input
 from compressor.errors import RecipeError
@@ -62,6 +62,9 @@ def check_scopes(module: nn.Module, stages: Iterable[spec.Stage]) -> None:
     for index, stage in enumerate(stages):
         for key in ("scope", "ignored_scope"):
             resolve_scope(module, getattr(stage, key, ()), where=f"stages[{index}].{key}")
+        for key, options in (("", stage), (".recovery", getattr(stage, "recovery", None))):
+            if isinstance(options, spec.Training):
+                resolve_freeze(module, options.freeze, where=f"stages[{index}]{key}.freeze")
 
 
 def choose_channels(

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.data import Split
-from compressor.data.batches import Augment, batches
+from compressor.data.batches import Augment
 from compressor.errors import TrainingError
+from compressor.feed import NOTHING_FROZEN, Frozen, open_feed
+from compressor.frozen_prefix import train_mode
 from compressor.inference import autocast, choose_precision, evaluate, predict
 from compressor.preprocess import InputSpec
 
@@ -65,6 +68,7 @@ class TrainingResult:
     images: int = 0
     seconds: float = 0.0
     precision: str = "float32"
+    frozen: dict[str, Any] | None = None  # what was frozen and what of it was cached, see `feed.Feed`
 
 
 @dataclass(frozen=True)
@@ -175,6 +179,7 @@ def finetune(
     patience: int | None = None,
     augment: Augment | None = None,
     distill: Distillation | None = None,
+    frozen: Frozen = NOTHING_FROZEN,
     seed: int = 0,
     device: str = "cpu",
 ) -> TrainingResult:
@@ -187,6 +192,7 @@ def finetune(
         steps: optimiser steps instead of epochs; validated after each pass and at the end.
         patience: stop after this many epochs without a better validation accuracy.
         ema: decay of an exponential moving average of the weights; when given, the average is validated and kept.
+        frozen: layers that stay as they are, from `feed.freezing`; `module` is the network they are in.
         device: where it trains; `module` and the teacher are moved there and stay there (see `inference.visiting`).
 
     Raises:
@@ -204,27 +210,30 @@ def finetune(
     opt = make_optimizer(module, optimizer, learning_rate, weight_decay)
     factor = schedule_factor(schedule, warmup)
     average = WeightAverage(module, ema) if ema else None
+    feed = open_feed(module, frozen, train=train, val=val, spec=spec, augment=augment, dtype=dtype, device=device)
 
     result = TrainingResult(precision=str(dtype).removeprefix("torch."))
     good = snapshot(module)
-    result.start_accuracy, loss_at_start = evaluate(module, val, spec, device=device, dtype=dtype)
+    result.start_accuracy, loss_at_start = evaluate(
+        feed.trained, val, spec, device=device, dtype=dtype, features=feed.val_features
+    )
     if math.isfinite(loss_at_start):
         result.val_accuracy, result.val_loss = result.start_accuracy, loss_at_start
     chance = math.log(max(2, _classes(module, train, spec, device)))
     started = time.perf_counter()
     for epoch in range(epochs):
-        module.train()
+        train_mode(module, frozen.layers)
         losses: list[float] = []
-        for x, y in batches(train, spec, size=batch_size, generator=generator, augment=augment, device=device):
+        for batch in feed.batches(batch_size, generator):
             if result.steps == total:
                 break
             for group in opt.param_groups:
                 group["lr"] = learning_rate * factor(result.steps / total)
             with autocast(dtype, device):
-                outputs = module(x)
+                outputs = feed.trained(batch.inputs)
                 with torch.no_grad():
-                    targets = teacher(x).float() if teacher is not None else None
-            loss = loss_of(outputs.float(), y, label_smoothing, targets, distill)
+                    targets = teacher(batch.images()).float() if teacher is not None else None
+            loss = loss_of(outputs.float(), batch.labels, label_smoothing, targets, distill)
             losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]):
                 module.load_state_dict(good)
@@ -240,7 +249,7 @@ def finetune(
             if average:
                 average.update(module)
             result.steps += 1
-            result.images += len(y)
+            result.images += len(batch.labels)
             _report_step(result, total, epoch, epochs, losses, started)
         mean_loss = float(np.mean(losses))
         first = result.history[0].loss if result.history else losses[0]
@@ -253,7 +262,7 @@ def finetune(
         trained = snapshot(module) if average else None
         if average:
             module.load_state_dict(average.state)
-        accuracy, val_loss = evaluate(module, val, spec, device=device, dtype=dtype)
+        accuracy, val_loss = evaluate(feed.trained, val, spec, device=device, dtype=dtype, features=feed.val_features)
         if not math.isfinite(val_loss):
             module.load_state_dict(good)
             raise TrainingError(
@@ -290,6 +299,7 @@ def finetune(
             result.val_accuracy,
         )
     result.seconds = time.perf_counter() - started
+    result.frozen = feed.summary()
     return result
 
 

@@ -112,6 +112,15 @@ def test_stages_work_on_what_the_one_before_left(images: Path) -> None:
             {**PRUNE, "ignored_scope": ["fcc"]},
             r"stages\[1\]\.ignored_scope.*'fcc' matches no module; did you mean 'fc'\?",
         ),
+        (
+            {**FINETUNE, "freeze": ["blok1"]},
+            r"stages\[1\]\.freeze\[0\]: 'blok1' matches no module; did you mean 'block1'",
+        ),
+        ({**FINETUNE, "freeze": ["*"]}, r"stages\[1\]\.freeze: \['\*'\] leave no layer to train; leave out 'fc'"),
+        (
+            {"type": "drop_blocks", "count": 1, "recovery": {"steps": 1, "freeze": ["fcc"]}},
+            r"stages\[1\]\.recovery\.freeze\[0\]: 'fcc' matches no module; did you mean 'fc'",
+        ),
         ({**REDUCE, "widths": {"blok2.*": 0.5}}, r"stages\[1\]: reduce_channels: .*'blok2\.\*'.* matches no"),
         ({**KERNELS, "scope": ["fc"]}, r"stages\[1\]: scope: no depthwise convolution in it can become 1x1"),
         ({**KERNELS, "ignored_scope": ["block3.*"]}, r"stages\[1\]\.ignored_scope: leaves no convolution of"),

@@ -241,3 +241,34 @@ def test_a_tensor_that_is_not_finite_ends_the_run(run: Run, monkeypatch: pytest.
     monkeypatch.setattr(stages, "_finetune", poison)
     with pytest.raises(TrainingError, match=r"stages\[2\]: 1 tensors are not finite any more, first bn1\.running_var"):
         run(type="finetune", epochs=1)
+
+
+def test_a_finetune_with_frozen_layers_says_what_was_cached(run: Run, network: Network, context: Context) -> None:
+    before = {name: value.clone() for name, value in network.module.state_dict().items()}
+    outcome = run(type="finetune", epochs=2, batch_size=8, freeze=["conv1", "bn1", "block[1-3]"], augment={"crop": 1.0})
+    frozen = outcome.details["frozen"]
+    assert frozen["cut"] == "block3 (add_2)"
+    assert frozen["variants"] == 2
+    assert frozen["cached_bytes"] > 0
+    assert outcome.notes == ()
+    state = outcome.network.module.state_dict()
+    held = ("conv1", "bn1", "block1.", "block2.", "block3.")
+    assert all(torch.equal(state[name], value) for name, value in before.items() if name.startswith(held))
+    assert not list(context.run_dir.iterdir())
+
+
+def test_a_recovery_with_frozen_layers_says_what_is_not_cached(run: Run) -> None:
+    recovery = {**RECOVERY, "freeze": ["block[1-3]", "conv1", "bn1"], "augment": {"crop": 0.8}}
+    outcome = run(type="drop_blocks", count=1, metric_images=8, bn_batches=0, recovery=recovery)
+    assert outcome.details["recovery"][0]["frozen"]["cut"] is None
+    assert any("augment.shift and augment.crop" in note for note in outcome.notes)
+
+
+def test_a_quantized_network_trains_whole_behind_frozen_layers(run: Run, network: Network, context: Context) -> None:
+    quantized = run(type="quantize", subset_size=4).network
+    before = {name: value.clone() for name, value in quantized.module.state_dict().items()}
+    object.__setattr__(network, "module", quantized.module)
+    outcome = run(type="finetune", steps=3, batch_size=8, freeze=["conv1", "block[1-3]"])
+    assert outcome.details["frozen"]["cut"] is None
+    assert "forward is replaced, as quantizers do" in outcome.notes[0]
+    assert torch.equal(outcome.network.module.state_dict()["conv1.weight"], before["conv1.weight"])
