@@ -25,7 +25,7 @@ from compressor import environment
 from compressor.artifacts import write_json
 from compressor.fake_quantize import AsymmetricQuantize, SymmetricQuantize
 from compressor.folding import fold_batchnorm
-from compressor.inference import autocast, choose_precision
+from compressor.inference import arithmetic, choose_precision
 from compressor.memory import measure_memory
 from compressor.models.xception import Xception
 from compressor.quantization import quantize
@@ -69,7 +69,7 @@ def make_step(variant: str, size: int, batch: int, stock: dict[str, type]) -> Ca
 
     def step() -> None:
         use_kernels(kernels)
-        with autocast(dtype, "cpu"):
+        with arithmetic(dtype, "cpu"):
             outputs = network(x)
         loss = loss_of(outputs.float(), labels, 0.0, None, None)
         optimizer.zero_grad(set_to_none=True)

@@ -23,7 +23,7 @@ from compressor.data import Split
 from compressor.data.batches import Augment, Draw, drawn_images, draws, labels_of, to_input
 from compressor.errors import ResourceError, UnsupportedModelError
 from compressor.frozen_prefix import Cut, find_cuts, split_at
-from compressor.inference import autocast
+from compressor.inference import arithmetic
 from compressor.preprocess import InputSpec
 
 log = logging.getLogger(__name__)
@@ -222,7 +222,7 @@ class _Features:
         absent = np.flatnonzero(~self.filled[rows])
         if len(absent):
             self.prefix.eval()  # its layers are the network's, which may be in training mode
-            with torch.no_grad(), autocast(self.dtype, self.device):
+            with torch.no_grad(), arithmetic(self.dtype, self.device):
                 self._write(rows[absent], self.prefix(images(absent)))
         return self._read(rows).to(self.device)
 

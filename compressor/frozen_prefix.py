@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from compressor.errors import UnsupportedModelError
-from compressor.inference import autocast
+from compressor.inference import arithmetic
 
 # Layers without weights that still do another thing in training.
 _RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU)
@@ -73,7 +73,7 @@ def find_cuts(
         if node.op != "placeholder" and [j for j in range(i + 1) if last_use[j] > i] == [i]:
             narrow.append(node)
     recorder = _Recorder(fx.GraphModule(module, graph))
-    with torch.no_grad(), autocast(dtype, device):
+    with torch.no_grad(), arithmetic(dtype, device):
         recorder.run(example)
     found = [(node, recorder.values[node.name]) for node in narrow if node.name in recorder.values]
     cuts = [Cut(node.name, _name(node), shape[1:], kind) for node, (shape, kind) in found if shape[0] == len(example)]

@@ -6,7 +6,7 @@ Invariant: weights are never changed, and every network comes back on the device
 import copy
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from compressor.data.batches import batches, to_input
 from compressor.environment import BF16_FEATURES, cpu_flags
 from compressor.metrics import top1
 from compressor.preprocess import InputSpec
+from compressor.small_maps import SmallMaps
 
 EVALUATION_BATCH = 64
 
@@ -31,9 +32,12 @@ def choose_precision(asked: str, device: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[asked]
 
 
-def autocast(dtype: torch.dtype, device: str) -> torch.autocast:
-    """Mixed precision around a forward pass; a no-op for float32."""
-    return torch.autocast(device, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16)
+@contextmanager
+def arithmetic(dtype: torch.dtype, device: str) -> Iterator[None]:
+    """How forward passes compute: bf16 autocast where `dtype` is bf16, and on a CPU the fast forms of `SmallMaps`."""
+    mixed = torch.autocast(device, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16)
+    with mixed, SmallMaps() if device == "cpu" else nullcontext():
+        yield
 
 
 @contextmanager
@@ -66,7 +70,7 @@ def predict(
     was_training = module.training
     module.eval()
     outputs = []
-    with visiting(device, module), autocast(dtype, device):
+    with visiting(device, module), arithmetic(dtype, device):
         for start in range(0, len(images), EVALUATION_BATCH):
             rows = slice(start, start + EVALUATION_BATCH)
             out = module(features(rows) if features else to_input(images[rows], spec, device))
@@ -111,7 +115,7 @@ def reestimate_batchnorm(
         m.train()
     generator = torch.Generator().manual_seed(seed)
     shuffled = batches(split, spec, size=size, generator=generator, augment=None, device=device)
-    with visiting(device, module):
+    with visiting(device, module), arithmetic(torch.float32, device):
         for x, _ in itertools.islice(shuffled, passes):
             module(x)
     module.train(was_training)

@@ -21,7 +21,7 @@ from compressor.data.batches import Augment
 from compressor.errors import TrainingError
 from compressor.feed import NOTHING_FROZEN, Frozen, open_feed
 from compressor.frozen_prefix import train_mode
-from compressor.inference import autocast, choose_precision, evaluate, predict
+from compressor.inference import arithmetic, choose_precision, evaluate, predict
 from compressor.preprocess import InputSpec
 
 log = logging.getLogger(__name__)
@@ -229,7 +229,7 @@ def finetune(
                 break
             for group in opt.param_groups:
                 group["lr"] = learning_rate * factor(result.steps / total)
-            with autocast(dtype, device):
+            with arithmetic(dtype, device):
                 outputs = feed.trained(batch.inputs)
                 with torch.no_grad():
                     targets = teacher(batch.images()).float() if teacher is not None else None
