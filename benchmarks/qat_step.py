@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ from compressor.models.xception import Xception
 from compressor.quantization import quantize
 from compressor.training import loss_of, make_optimizer
 
+OURS = {"QuantizeSymmetric": SymmetricQuantize, "QuantizeAsymmetric": AsymmetricQuantize}
 VARIANTS = ("float32", "bfloat16", "stock_qat", "qat")
 
 
@@ -42,7 +43,7 @@ def stock_kernels() -> dict[str, type]:
     return {name: getattr(quantize_functions, name) for name in ("QuantizeSymmetric", "QuantizeAsymmetric")}
 
 
-def use_kernels(kernels: dict[str, type]) -> None:
+def use_kernels(kernels: Mapping[str, type]) -> None:
     """Let every quantizer of this process call these functions."""
     from nncf.torch.quantization import quantize_functions
 
@@ -64,8 +65,7 @@ def make_step(variant: str, size: int, batch: int, stock: dict[str, type]) -> Ca
     chosen = {"float32": "float32", "bfloat16": "bfloat16", "stock_qat": "float32", "qat": "auto"}[variant]
     dtype = choose_precision(chosen, "cpu")
     optimizer = make_optimizer(network, "adamw", 1e-6, 0.02)
-    ours = {"QuantizeSymmetric": SymmetricQuantize, "QuantizeAsymmetric": AsymmetricQuantize}
-    kernels = stock if variant == "stock_qat" else ours
+    kernels = stock if variant == "stock_qat" else OURS
 
     def step() -> None:
         use_kernels(kernels)

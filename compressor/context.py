@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from compressor.data import Dataset
 from compressor.data.batches import Augment
+from compressor.distillation import Distillation
 from compressor.errors import RecipeError
 from compressor.feed import freezing, parameters_of
 from compressor.inference import visiting
@@ -21,7 +22,7 @@ from compressor.memory import MemoryUse, joined, measure_memory
 from compressor.pruning.groups import resolve_scope
 from compressor.recipe_stages import Finetune, Training
 from compressor.report import Footprint
-from compressor.training import Distillation, TrainingResult, finetune
+from compressor.training import TrainingResult, finetune
 
 
 @dataclass(frozen=True)

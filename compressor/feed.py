@@ -51,11 +51,17 @@ NOTHING_FROZEN = Frozen()
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's inputs, for the network or for what is trained of it, and labels; `images()` are for a teacher."""
+    """One step's inputs, for the network or for what is trained of it, and labels.
+
+    Attributes:
+        images: The images themselves, or those at some places of the batch; for a teacher.
+        rows: A number for each image in its orientation, below `Feed.rows`; None where there are too many to number.
+    """
 
     inputs: Tensor
     labels: Tensor
-    images: Callable[[], Tensor]
+    images: Callable[[NDArray[np.int64] | None], Tensor]
+    rows: NDArray[np.int64] | None
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ class Feed:
     Attributes:
         trained: The network, or the part behind the cut; takes the inputs of a batch, gives logits.
         batches: One shuffled pass over the training images, for a batch size and a generator.
+        rows: How many images in how many orientations there are to train on; 0 where they cannot be numbered.
         val_features: What `trained` takes instead of these validation images; None = it takes the images.
         summary: For the report: `layers` frozen, `cut` (None = not cached), `variants` of an image, `cached_images`
             and `cached_bytes` so far, `notes`; None where nothing is frozen.
@@ -72,6 +79,7 @@ class Feed:
 
     trained: nn.Module
     batches: Callable[[int, torch.Generator], Iterator[Batch]]
+    rows: int
     val_features: Callable[[slice], Tensor] | None = None
     summary: Callable[[], dict[str, Any] | None] = lambda: None
 
@@ -111,24 +119,27 @@ def open_feed(
 ) -> Feed:
     """Decide what is cached of the frozen layers, and open the file for it; nothing is computed yet but one example."""
     images = partial(drawn_images, train, spec, augment=augment, device=device)
+    kinds = augment.orientations() if augment else (0,)
+    train_rows = len(train.labels) * len(kinds or ())
+
+    def numbered(chosen: NDArray[np.int64], draw: Draw) -> NDArray[np.int64] | None:
+        return None if kinds is None else chosen * len(kinds) + np.searchsorted(kinds, draw.orientations.numpy())
 
     def live(size: int, generator: torch.Generator) -> Iterator[Batch]:
         for chosen, draw in draws(len(train.labels), size=size, generator=generator, augment=augment):
             x = images(chosen, draw)
-            yield Batch(x, labels_of(train, chosen, device), x.detach)
+            yield Batch(x, labels_of(train, chosen, device), partial(_places, x.detach()), numbered(chosen, draw))
 
     if not frozen.layers:
-        return Feed(module, live)
+        return Feed(module, live, train_rows)
     summary: dict[str, Any] = {"layers": sum(bool(parameters_of(module, [name])) for name in frozen.layers)}
     summary |= {"cut": None, "variants": 0, "cached_images": 0, "cached_bytes": 0, "notes": []}
     if frozen.folder is None or not frozen.max_bytes:
-        return Feed(module, live, summary=lambda: summary)
-    kinds = augment.orientations() if augment else (0,)
+        return Feed(module, live, train_rows, summary=lambda: summary)
     try:
         if kinds is None:
             raise UnsupportedModelError("augment.shift and augment.crop hardly ever show the same image twice")
-        first_val = len(train.labels) * len(kinds)
-        rows = first_val + len(val.labels)
+        rows = train_rows + len(val.labels)
         graph, cuts = find_cuts(module, to_input(train.images[:2], spec, device), frozen.layers, dtype, device)
         cut = _affordable(cuts, rows, frozen, summary["notes"])
         prefix, suffix = split_at(module, graph, cut)
@@ -136,17 +147,18 @@ def open_feed(
         features = _Features(_open_file(frozen, rows * cut.bytes), rows, cut, prefix, dtype, device)
     except (UnsupportedModelError, ResourceError) as reason:
         summary["notes"] = [f"freeze: what the frozen layers give is computed anew at every step: {reason}"]
-        return Feed(module, live, summary=lambda: summary)
+        return Feed(module, live, train_rows, summary=lambda: summary)
 
     def cached(size: int, generator: torch.Generator) -> Iterator[Batch]:
         for chosen, draw in draws(len(train.labels), size=size, generator=generator, augment=augment):
-            rows = chosen * len(kinds) + np.searchsorted(kinds, draw.orientations.numpy())
-            inputs = features.of(rows, partial(_some, images, chosen, draw.orientations))
-            yield Batch(inputs, labels_of(train, chosen, device), partial(images, chosen, draw))
+            rows = numbered(chosen, draw)
+            assert rows is not None, "features are kept only where images can be numbered"
+            some = partial(_some, images, chosen, draw.orientations)
+            yield Batch(features.of(rows, some), labels_of(train, chosen, device), some, rows)
 
     def val_features(part: slice) -> Tensor:
         rows = np.arange(len(val.labels))[part]
-        return features.of(first_val + rows, lambda absent: to_input(val.images[rows[absent]], spec, device))
+        return features.of(train_rows + rows, lambda absent: to_input(val.images[rows[absent]], spec, device))
 
     def cached_summary() -> dict[str, Any]:
         count = int(features.filled.sum())
@@ -154,17 +166,24 @@ def open_feed(
         return summary | here
 
     log.info("frozen layers: what %s gives is computed once an image, %d bytes", cut.name, cut.bytes)
-    return Feed(suffix, cached, val_features, cached_summary)
+    return Feed(suffix, cached, train_rows, val_features, cached_summary)
 
 
 def _some(
     images: Callable[[NDArray[np.int64], Draw], Tensor],
     chosen: NDArray[np.int64],
     orientations: Tensor,
-    places: NDArray[np.int64],
+    places: NDArray[np.int64] | None,
 ) -> Tensor:
-    """Only the images at these places of a batch, changed as all of it would be."""
+    """A batch's images, or only those at some places of it, changed as all of it would be."""
+    if places is None:
+        return images(chosen, Draw(orientations))
     return images(chosen[places], Draw(orientations[places]))
+
+
+def _places(x: Tensor, places: NDArray[np.int64] | None) -> Tensor:
+    """The images at some places of a batch that is there already."""
+    return x if places is None else x[torch.from_numpy(places)].contiguous(memory_format=torch.channels_last)
 
 
 def _affordable(cuts: Sequence[Cut], rows: int, frozen: Frozen, notes: list[str]) -> Cut:

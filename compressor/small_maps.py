@@ -45,7 +45,7 @@ def convolve(
             read = x[:, :, :: stride[0], :: stride[1]].permute(0, 2, 3, 1)
             # Two dimensions: of more, `linear` makes a batched product with a copy of the weights for each image.
             rows = F.linear(read.flatten(0, 2), weight.flatten(1), bias)
-            return rows.unflatten(0, read.shape[:3]).permute(0, 3, 1, 2)
+            return rows.view(*read.shape[:3], -1).permute(0, 3, 1, 2)
     elif groups > 1 and not isinstance(padding, str) and (height < kernel_height or width < kernel_width):
         padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
         return torch.conv2d(padded, weight, bias, stride, (0, 0), dilation, groups)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from compressor.data import Split
 from compressor.data.batches import Augment
+from compressor.distillation import Answers, Distillation
 from compressor.errors import TrainingError
 from compressor.feed import NOTHING_FROZEN, Frozen, open_feed
 from compressor.frozen_prefix import train_mode
@@ -68,16 +69,8 @@ class TrainingResult:
     images: int = 0
     seconds: float = 0.0
     precision: str = "float32"
+    teacher_images: int = 0  # how many the teacher was asked about
     frozen: dict[str, Any] | None = None  # what was frozen and what of it was cached, see `feed.Feed`
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """Knowledge distillation (arXiv 1503.02531): KL divergence to the teacher's softened outputs, times T squared."""
-
-    teacher: nn.Module
-    temperature: float
-    weight: float
 
 
 def loss_of(
@@ -200,7 +193,6 @@ def finetune(
     """
     dtype = choose_precision(precision, device)
     module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    teacher = distill.teacher.to(device=device, memory_format=torch.channels_last).eval() if distill else None  # type: ignore[call-overload]
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     batch_size = min(batch_size, len(train.labels))
@@ -211,6 +203,7 @@ def finetune(
     factor = schedule_factor(schedule, warmup)
     average = WeightAverage(module, ema) if ema else None
     feed = open_feed(module, frozen, train=train, val=val, spec=spec, augment=augment, dtype=dtype, device=device)
+    answers = Answers(distill.teacher, feed.rows, device) if distill else None
 
     result = TrainingResult(precision=str(dtype).removeprefix("torch."))
     good = snapshot(module)
@@ -231,8 +224,7 @@ def finetune(
                 group["lr"] = learning_rate * factor(result.steps / total)
             with arithmetic(dtype, device):
                 outputs = feed.trained(batch.inputs)
-                with torch.no_grad():
-                    targets = teacher(batch.images()).float() if teacher is not None else None
+                targets = answers.of(batch) if answers else None
             loss = loss_of(outputs.float(), batch.labels, label_smoothing, targets, distill)
             losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]):
@@ -299,6 +291,7 @@ def finetune(
             result.val_accuracy,
         )
     result.seconds = time.perf_counter() - started
+    result.teacher_images = answers.asked if answers else 0
     result.frozen = feed.summary()
     return result
 

@@ -20,13 +20,14 @@ from compressor import feed, training
 from compressor.context import resolve_freeze
 from compressor.data import Split
 from compressor.data.batches import Augment
+from compressor.distillation import Distillation
 from compressor.errors import RecipeError, ResourceError, TrainingError, UnsupportedModelError
 from compressor.feed import Frozen, freezing, open_feed
 from compressor.frozen_prefix import find_cuts, split_at, train_mode
 from compressor.inference import frozen_copy
 from compressor.preprocess import InputSpec
 from compressor.pruning.groups import resolve_scope
-from compressor.training import Distillation, TrainingResult, finetune
+from compressor.training import TrainingResult, finetune
 
 SPEC = InputSpec(12, 12)
 FIRST = ("stem", "norm", "block*")

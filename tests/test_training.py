@@ -14,11 +14,11 @@ from torch import nn
 from compressor import training
 from compressor.data import Split
 from compressor.data.batches import Augment, to_input
+from compressor.distillation import Distillation
 from compressor.errors import TrainingError
 from compressor.inference import evaluate, frozen_copy, reestimate_batchnorm
 from compressor.preprocess import InputSpec
 from compressor.training import (
-    Distillation,
     WeightAverage,
     finetune,
     loss_of,

@@ -1,0 +1,87 @@
+"""Accuracy of quantization-aware training with this toolkit's quantizers, against NNCF's own, after equal epochs.
+
+    python benchmarks/qat_accuracy.py RUN/stages/03-finetune caltech101 caltech101.tar benchmarks/qat_accuracy.json
+
+Takes the float network of a finished stage, quantizes every layer of it, and trains copies of the result: for each seed
+one with NNCF's stock quantizers in float32, and one with ours in the precision `finetune` would choose here.
+
+Invariant: start, data, order of images and learning rate are the same for both; what is compared is the network after
+its last epoch, so nothing is chosen on the images it is scored on.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from qat_step import OURS, stock_kernels, use_kernels
+
+from compressor import environment
+from compressor.artifacts import write_json
+from compressor.checkpoint import load_network
+from compressor.data import calibration_indices, load_dataset
+from compressor.data.batches import Augment, to_input
+from compressor.folding import fold_batchnorm
+from compressor.preprocess import InputSpec
+from compressor.quantization import quantize
+from compressor.training import finetune
+
+
+def means(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Accuracy after training, averaged over the seeds so far."""
+    names = {row["kernels"] for row in rows}
+    return {name: statistics.mean(row["after"] for row in rows if row["kernels"] == name) for name in sorted(names)}
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("stage", type=Path, help="folder of a finished stage, before any quantize")
+    parser.add_argument("source", help="data.source")
+    parser.add_argument("path", type=Path, help="data.path")
+    parser.add_argument("output", type=Path, help="JSON file to write, after every training")
+    parser.add_argument("--size", type=int, default=160, help="input side in pixels")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=5e-5)
+    parser.add_argument("--seeds", type=int, default=3)
+    args = parser.parse_args()
+    kernels = {"stock": stock_kernels(), "ours": OURS}
+    precision = {"stock": "float32", "ours": "auto"}
+    spec = InputSpec(height=args.size, width=args.size)
+    cache = environment.cache_dir() / "data"
+    data = load_dataset(source=args.source, path=args.path, spec=spec, cache=cache, seed=0)
+    rows: list[dict[str, Any]] = []
+    for seed in range(args.seeds):
+        for name in kernels:
+            use_kernels(kernels[name])
+            module = load_network(args.stage).module
+            fold_batchnorm(module, to_input(data.train.images[:1], spec, "cpu"))
+            chosen = calibration_indices(data.train, 300, seed)
+            torch.manual_seed(seed)
+            network, _ = quantize(module, [to_input(data.train.images[i : i + 1], spec, "cpu") for i in chosen])
+            use_kernels(kernels[name])  # `quantize` installs ours
+            result = finetune(
+                network,
+                train=data.train,
+                val=data.test,
+                spec=spec,
+                epochs=args.epochs,
+                batch_size=args.batch,
+                learning_rate=args.learning_rate,
+                augment=Augment(),
+                precision=precision[name],
+                seed=seed,
+            )
+            last = result.history[-1]
+            row = {"kernels": name, "seed": seed, "before": result.start_accuracy, "after": last.val_accuracy}
+            rows.append(row | {"loss": last.loss, "precision": result.precision, "seconds": round(last.seconds)})
+            print(json.dumps(rows[-1]), flush=True)
+            write_json(args.output, {"mean": means(rows), "rows": rows, "environment": environment.describe()})
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
