@@ -2,18 +2,19 @@
 
 Invariant: same function and same gradients as NNCF's reference kernels in float32, up to rounding of exact ties.
 Ranges, grid and sums are float32 even where activations are bf16: in bf16, which is what NNCF would cast the ranges to,
-the grid moves by up to a step and a range's gradient is mostly rounding noise.
+the grid moves by up to a step and a range's gradient is mostly rounding noise. What is saved for the backward pass is the
+input, which the layer before it often keeps, and the result, which the layer after it keeps.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
-PIECE = 1 << 17  # values; a few float32 copies of a piece fit a second-level cache
+PIECE = 1 << 19  # values; a few float32 copies of a piece stay in the caches, and calls of operations few
 
 
 def install_kernels() -> None:
@@ -47,53 +48,91 @@ def fake_quantize(x: Tensor, low: Tensor, span: Tensor, levels: int) -> Tensor:
         rounded = fake_quantize(_swapped(x, axis), _swapped(low, axis), _swapped(span, axis), levels)
         return torch.empty_like(x).copy_(rounded.transpose(0, axis))
     out = torch.empty_like(x)
-    low, span = low.reshape(-1, 1), span.reshape(-1, 1)
-    for rows, (x_piece, out_piece) in _pieces(low.shape[0], x, out):
-        out_piece.copy_(_to_grid(x_piece.to(low.dtype, copy=True), low[rows], span[rows], levels))
+    step = span.reshape(-1, 1) / (levels - 1)
+    first = torch.round(low.reshape(-1, 1) / step)  # an integer multiple of the step, so that zero is on the grid
+    clamp = _clamp_to(first, first + (levels - 1))
+    inverse = step.reciprocal()
+    for rows, (x_piece, out_piece) in _pieces(low.numel(), x, out):
+        values = x_piece.to(low.dtype, copy=True).mul_(inverse[rows]).round_()
+        out_piece.copy_(clamp(values, rows).mul_(step[rows]))
     return out
 
 
 def fake_quantize_gradients(
-    grad: Tensor, x: Tensor, low: Tensor, span: Tensor, levels: int, level_low: int, level_high: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by the input, by `low` and by `span` (for a symmetric quantiser: by its scale).
+    grad: Tensor,
+    x: Tensor,
+    rounded: Tensor,
+    low: Tensor,
+    span: Tensor,
+    level_low: int,
+    level_high: int,
+    *,
+    by_low: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Gradients by the input, by `low` (None unless asked for) and by `span` (for a symmetric quantiser: by its scale).
 
     Straight-through inside the range, learned ranges in the manner of LSQ (arXiv 1902.08153), as NNCF has them.
+
+    Args:
+        grad: By the result.
+        x: As given to `fake_quantize`, with `low` and `span`.
+        rounded: Its result, which the layer that reads it keeps as well.
     """
     if axis := _channel_axis(low):
-        g, v, lowest, width = (_swapped(value, axis) for value in (grad, x, low, span))
-        by_x, by_low, by_span = fake_quantize_gradients(g, v, lowest, width, levels, level_low, level_high)
-        by_x = torch.empty_like(x).copy_(by_x.transpose(0, axis))
-        return by_x, by_low.transpose(0, axis), by_span.transpose(0, axis)
+        g, v, r, lowest, width = (_swapped(value, axis) for value in (grad, x, rounded, low, span))
+        found, found_low, found_span = fake_quantize_gradients(
+            g, v, r, lowest, width, level_low, level_high, by_low=by_low
+        )
+        grad_x = torch.empty_like(x).copy_(found.transpose(0, axis))
+        return grad_x, None if found_low is None else found_low.transpose(0, axis), found_span.transpose(0, axis)
     shape = low.shape
     low, span = low.reshape(-1, 1), span.reshape(-1, 1)
     high = low + span
     grad_x = torch.empty_like(x)
     if grad.stride() != x.stride():
         grad = torch.empty_like(x).copy_(grad)
+    within, beyond = _within(low, high), _within(high, None)
     outside, inside, above = (torch.zeros_like(low) for _ in range(3))  # sums over each row
-    for rows, (grad_piece, x_piece, grad_x_piece) in _pieces(low.shape[0], grad, x, grad_x):
+    for rows, (grad_piece, x_piece, rounded_piece, grad_x_piece) in _pieces(low.numel(), grad, x, rounded, grad_x):
         values, upstream = x_piece.to(low.dtype), grad_piece.to(low.dtype)
-        passed = _clamp(values.clone(), low[rows], high[rows]).eq_(values).mul_(upstream)
+        passed = within(upstream, values, rows)
         grad_x_piece.copy_(passed)
-        error = _to_grid(values.clone(), low[rows], span[rows], levels).sub_(values)
-        inside[rows] += error.mul_(passed).sum(1, keepdim=True)
-        outside[rows] += upstream.sum(1, keepdim=True) - passed.sum(1, keepdim=True)
-        above[rows] += torch.gt(values, high[rows], out=error).mul_(upstream).sum(1, keepdim=True)
+        if by_low or level_low:
+            outside[rows] += upstream.sum(1, keepdim=True) - passed.sum(1, keepdim=True)
+        inside[rows] += rounded_piece.to(low.dtype, copy=True).sub_(values).mul_(passed).sum(1, keepdim=True)
+        above[rows] += beyond(upstream, values, rows).sum(1, keepdim=True)
     grad_span = inside / span + above + (outside - above) * (level_low / level_high)
-    return grad_x, outside.reshape(shape), grad_span.reshape(shape)
+    return grad_x, outside.reshape(shape) if by_low else None, grad_span.reshape(shape)
 
 
-def _to_grid(values: Tensor, low: Tensor, span: Tensor, levels: int) -> Tensor:
-    """In place, (R, K) with ranges (R, 1)."""
-    step = span / (levels - 1)
-    first = torch.round(low / step)  # an integer multiple of the step, so that zero is on the grid
-    return _clamp(values.mul_(step.reciprocal()).round_(), first, first + (levels - 1)).mul_(step)
+def _clamp_to(low: Tensor, high: Tensor) -> Callable[[Tensor, slice], Tensor]:
+    """In-place clamp of rows, (R, K), to ranges (R, 1).
+
+    With tensors as bounds `clamp_` is not vectorised on CPUs (torch 2.13); with numbers it is.
+    """
+    if _one_range(low):
+        least, most = low.item(), high.item()
+        return lambda values, rows: values.clamp_(least, most)
+    return lambda values, rows: torch.minimum(torch.maximum(values, low[rows], out=values), high[rows], out=values)
 
 
-def _clamp(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """In place. `Tensor.clamp_` with tensors as bounds is not vectorised on CPUs, 14 times slower (torch 2.13)."""
-    return torch.minimum(torch.maximum(values, low, out=values), high, out=values)
+def _within(low: Tensor, high: Tensor | None) -> Callable[[Tensor, Tensor, slice], Tensor]:
+    """What passes rows of `upstream` where `low <= values <= high`, or without `high` where `values > low`; else 0."""
+    if _one_range(low):
+        infinity = torch.full_like(low, torch.inf)
+        # The fused operation leaves its bounds out.
+        least = low.item() if high is None else torch.nextafter(low, -infinity).item()
+        most = torch.inf if high is None else torch.nextafter(high, infinity).item()
+        return lambda upstream, values, rows: torch.ops.aten.hardtanh_backward(upstream, values, least, most)
+    if high is None:
+        return lambda upstream, values, rows: torch.gt(values, low[rows], out=torch.empty_like(values)).mul_(upstream)
+    clamp = _clamp_to(low, high)
+    return lambda upstream, values, rows: clamp(values.clone(), rows).eq_(values).mul_(upstream)
+
+
+def _one_range(low: Tensor) -> bool:
+    """Whether bounds can be plain numbers, which on a CPU are free to read."""
+    return low.numel() == 1 and low.device.type == "cpu"
 
 
 def _channel_axis(low: Tensor) -> int:
@@ -141,14 +180,15 @@ class SymmetricQuantize(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, level_low: int, level_high: int, levels: int) -> Tensor:
         """Quantise `x`; its dtype and shape are kept."""
         x, low = _dense(x), scale * (level_low / level_high)
-        ctx.save_for_backward(x, low, scale - low)
-        ctx.levels = (levels, level_low, level_high)
-        return fake_quantize(x, low, scale - low, levels)
+        rounded = fake_quantize(x, low, scale - low, levels)
+        ctx.save_for_backward(x, rounded, low, scale - low)
+        ctx.levels = (level_low, level_high)
+        return rounded
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         """Gradients by the input and the scale."""
-        grad_x, _, grad_scale = fake_quantize_gradients(grads[0], *ctx.saved_tensors, *ctx.levels)
+        grad_x, _, grad_scale = fake_quantize_gradients(grads[0], *ctx.saved_tensors, *ctx.levels, by_low=False)
         return grad_x, grad_scale, None, None, None
 
 
@@ -159,9 +199,10 @@ class AsymmetricQuantize(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, low: Tensor, span: Tensor, level_low: int, level_high: int, levels: int) -> Tensor:
         """Quantise `x`; its dtype and shape are kept."""
         x = _dense(x)
-        ctx.save_for_backward(x, low, span)
-        ctx.levels = (levels, level_low, level_high)
-        return fake_quantize(x, low, span, levels)
+        rounded = fake_quantize(x, low, span, levels)
+        ctx.save_for_backward(x, rounded, low, span)
+        ctx.levels = (level_low, level_high)
+        return rounded
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

@@ -231,7 +231,7 @@ def test_kernels_equal_nncf_reference(low: Tensor, span: Tensor, level_low: int,
     expected = torch.from_numpy(reference.forward(*(a.copy() for a in arrays), levels))
     # Both round to the nearest of the same levels; exact ties may go either way.
     assert ((out - expected).abs() > 1e-5).float().mean() < 0.01
-    grads = fake_quantize_gradients(grad, x, low, span, levels, level_low, level_high)
+    grads = fake_quantize_gradients(grad, x, fake_quantize(x, low, span, levels), low, span, level_low, level_high)
     wanted = reference.backward(grad.numpy().copy(), *(a.copy() for a in arrays), levels, level_low, level_high)
     for got, want in zip(grads, wanted, strict=True):
         torch.testing.assert_close(got, torch.as_tensor(want).reshape(got.shape), rtol=1e-3, atol=2e-2)
@@ -244,12 +244,25 @@ def test_kernels_do_not_depend_on_the_pieces(
 ) -> None:
     x, grad = (torch.randn(8, 5, 3, 7).contiguous(memory_format=layout) for _ in range(2))
     low, span = -torch.rand(ranges, 1, 1, 1) - 0.1, torch.rand(ranges, 1, 1, 1) + 0.5
-    whole = (fake_quantize(x, low, span, 256), *fake_quantize_gradients(grad, x, low, span, 256, 0, 255))
+    rounded = fake_quantize(x, low, span, 256)
+    whole = (rounded, *fake_quantize_gradients(grad, x, rounded, low, span, 0, 255))
     monkeypatch.setattr(compressor.fake_quantize, "PIECE", 13)
-    pieces = (fake_quantize(x, low, span, 256), *fake_quantize_gradients(grad, x, low, span, 256, 0, 255))
+    rounded = fake_quantize(x, low, span, 256)
+    pieces = (rounded, *fake_quantize_gradients(grad, x, rounded, low, span, 0, 255))
     for got, want in zip(pieces, whole, strict=True):
         assert got.stride() == want.stride()
         torch.testing.assert_close(got, want)
+
+
+def test_values_on_the_ends_of_a_range_are_inside_it() -> None:
+    """After a ReLU every other activation lies on the lower end."""
+    x = torch.tensor([[-0.1, 0.0, 0.5, 1.0, 1.1]]).requires_grad_()
+    for function, ranges, levels in (
+        (SymmetricQuantize, (torch.tensor([1.0]),), (0, 255, 256)),
+        (AsymmetricQuantize, (torch.tensor([0.0]), torch.tensor([1.0])), (0, 255, 256)),
+    ):
+        (by_x,) = torch.autograd.grad(function.apply(x, *ranges, *levels).sum(), x)
+        assert by_x.tolist() == [[0, 1, 1, 1, 0]]
 
 
 def test_kernels_take_tensors_with_gaps() -> None:
@@ -280,7 +293,8 @@ def test_half_precision_rounds_activations_only(symmetric: bool) -> None:
     assert torch.equal(half[1], full[1].bfloat16())
     for got, want in zip(half[2:], full[2:], strict=True):
         assert got.dtype == torch.float32
-        torch.testing.assert_close(got, want)
+        # Not closer: the error of rounding is that of the values the next layer got, which are bf16.
+        torch.testing.assert_close(got, want, rtol=5e-3, atol=5e-3)
 
 
 def test_equalising_changes_nothing_in_float_and_narrows_the_spread() -> None:
