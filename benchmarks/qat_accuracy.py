@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from qat_step import OURS, stock_kernels, use_kernels
+from qat_step import stock_kernels, use_kernels
 
 from compressor import environment
 from compressor.artifacts import write_json
 from compressor.checkpoint import load_network
 from compressor.data import calibration_indices, load_dataset
 from compressor.data.batches import Augment, to_input
+from compressor.fake_quantize import KERNELS
 from compressor.folding import fold_batchnorm
 from compressor.preprocess import InputSpec
 from compressor.quantization import quantize
@@ -48,7 +49,7 @@ def main() -> int:
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
-    kernels = {"stock": stock_kernels(), "ours": OURS}
+    kernels = {"stock": stock_kernels(), "ours": KERNELS}
     precision = {"stock": "float32", "ours": "auto"}
     spec = InputSpec(height=args.size, width=args.size)
     cache = environment.cache_dir() / "data"

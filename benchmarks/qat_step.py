@@ -23,7 +23,7 @@ from torch import nn
 
 from compressor import environment
 from compressor.artifacts import write_json
-from compressor.fake_quantize import AsymmetricQuantize, SymmetricQuantize
+from compressor.fake_quantize import KERNELS
 from compressor.folding import fold_batchnorm
 from compressor.inference import arithmetic, choose_precision
 from compressor.memory import measure_memory
@@ -31,7 +31,6 @@ from compressor.models.xception import Xception
 from compressor.quantization import quantize
 from compressor.training import loss_of, make_optimizer
 
-OURS = {"QuantizeSymmetric": SymmetricQuantize, "QuantizeAsymmetric": AsymmetricQuantize}
 VARIANTS = ("float32", "bfloat16", "stock_qat", "qat")
 
 
@@ -40,7 +39,7 @@ def stock_kernels() -> dict[str, type]:
     environment.prepare_process()
     from nncf.torch.quantization import quantize_functions
 
-    return {name: getattr(quantize_functions, name) for name in ("QuantizeSymmetric", "QuantizeAsymmetric")}
+    return {name: getattr(quantize_functions, name) for name in KERNELS}
 
 
 def use_kernels(kernels: Mapping[str, type]) -> None:
@@ -65,7 +64,7 @@ def make_step(variant: str, size: int, batch: int, stock: dict[str, type]) -> Ca
     chosen = {"float32": "float32", "bfloat16": "bfloat16", "stock_qat": "float32", "qat": "auto"}[variant]
     dtype = choose_precision(chosen, "cpu")
     optimizer = make_optimizer(network, "adamw", 1e-6, 0.02)
-    kernels = stock if variant == "stock_qat" else OURS
+    kernels = stock if variant == "stock_qat" else KERNELS
 
     def step() -> None:
         use_kernels(kernels)

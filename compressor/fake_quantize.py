@@ -2,14 +2,16 @@
 
 Invariant: same function and same gradients as NNCF's reference kernels in float32, up to rounding of exact ties.
 Ranges, grid and sums are float32 even where activations are bf16: in bf16, which is what NNCF would cast the ranges to,
-the grid moves by up to a step and a range's gradient is mostly rounding noise. What is saved for the backward pass is the
-input, which the layer before it often keeps, and the result, which the layer after it keeps.
+the grid moves by up to a step and a range's gradient is mostly rounding noise. Saved for the backward pass: the input,
+which the layer before it often keeps, and the result, which the layer after it keeps.
 """
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,14 +20,14 @@ PIECE = 1 << 19  # values; a few float32 copies of a piece stay in the caches, a
 
 
 def install_kernels() -> None:
-    """Let NNCF's quantisers use `SymmetricQuantize` and `AsymmetricQuantize` in this process.
+    """Let NNCF's quantisers use `SymmetricQuantize`, `AsymmetricQuantize` and `TuneRange` in this process.
 
     NNCF compiles C++ at first use: a minute and more on a busy edge device, a compiler needed, a lock file that hangs
     later runs when killed.
     """
     from nncf.torch.quantization import quantize_functions
 
-    for name, function in (("QuantizeSymmetric", SymmetricQuantize), ("QuantizeAsymmetric", AsymmetricQuantize)):
+    for name, function in KERNELS.items():
         if hasattr(quantize_functions, name):
             setattr(quantize_functions, name, function)
         else:
@@ -42,12 +44,14 @@ def fake_quantize(x: Tensor, low: Tensor, span: Tensor, levels: int) -> Tensor:
         levels: Number of steps and one, 256 for 8 bits.
 
     Returns:
-        Shape, dtype and memory format of `x`; one rounding to a half type, at the end.
+        Shape and memory format of `x`; its dtype, or under autocast the one that layers compute in, which spares them
+        the conversion. One rounding to a half type, at the end.
     """
     if axis := _channel_axis(low):
         rounded = fake_quantize(_swapped(x, axis), _swapped(low, axis), _swapped(span, axis), levels)
-        return torch.empty_like(x).copy_(rounded.transpose(0, axis))
-    out = torch.empty_like(x)
+        return torch.empty_like(x, dtype=rounded.dtype).copy_(rounded.transpose(0, axis))
+    kind = x.device.type
+    out = torch.empty_like(x, dtype=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
     step = span.reshape(-1, 1) / (levels - 1)
     first = torch.round(low.reshape(-1, 1) / step)  # an integer multiple of the step, so that zero is on the grid
     clamp = _clamp_to(first, first + (levels - 1))
@@ -155,13 +159,11 @@ def _pieces(rows: int, *tensors: Tensor) -> Iterator[tuple[slice, tuple[Tensor, 
     """
     flat = [_in_memory_order(tensor).view(rows, -1) for tensor in tensors]
     width = flat[0].shape[1]
-    if rows == 1:
-        for start in range(0, width, PIECE):
-            yield slice(None), tuple(view[:, start : start + PIECE] for view in flat)
-        return
-    height = max(1, PIECE // width)
-    for start in range(0, rows, height):
-        yield slice(start, start + height), tuple(view[start : start + height] for view in flat)
+    height = max(1, PIECE // width)  # rows of a piece
+    size, axis = (PIECE, 1) if rows == 1 else (height, 0)
+    cut = [view.split(size, axis) for view in flat]  # type: ignore[no-untyped-call]
+    for start, pieces in zip(itertools.count(0, height), zip(*cut, strict=True)):
+        yield slice(None) if rows == 1 else slice(start, start + height), pieces
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -178,7 +180,7 @@ class SymmetricQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, level_low: int, level_high: int, levels: int) -> Tensor:
-        """Quantise `x`; its dtype and shape are kept."""
+        """Quantise `x`, see `fake_quantize`."""
         x, low = _dense(x), scale * (level_low / level_high)
         rounded = fake_quantize(x, low, scale - low, levels)
         ctx.save_for_backward(x, rounded, low, scale - low)
@@ -197,7 +199,7 @@ class AsymmetricQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, low: Tensor, span: Tensor, level_low: int, level_high: int, levels: int) -> Tensor:
-        """Quantise `x`; its dtype and shape are kept."""
+        """Quantise `x`, see `fake_quantize`."""
         x = _dense(x)
         rounded = fake_quantize(x, low, span, levels)
         ctx.save_for_backward(x, rounded, low, span)
@@ -208,3 +210,34 @@ class AsymmetricQuantize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         """Gradients by the input, the lowest value and the range."""
         return *fake_quantize_gradients(grads[0], *ctx.saved_tensors, *ctx.levels), None, None, None
+
+
+class TuneRange(torch.autograd.Function):
+    """In the place of NNCF 3.4's, whose arguments these are: moves one end of a range so that zero is on the grid.
+
+    One range is a matter of a few numbers; as tensor operations it takes as long as quantising a small tensor.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, low: Tensor, span: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+        """Both ends are moved to take in zero; then the lower or the upper one, whichever leaves the wider range."""
+        lows, spans = low.detach().cpu().numpy(), span.detach().cpu().numpy()
+        high, lowest = np.maximum(lows + spans, 0), np.minimum(lows, 0)
+        n = lows.dtype.type(levels - 1)
+        zero = np.round(-lowest * (n / (high - lowest)))  # the step that zero is on
+        with np.errstate(divide="ignore", invalid="ignore"):
+            other_low = np.where(zero < n, zero / (zero - n) * high, lowest)
+            other_high = np.where(zero > 0, (zero - n) / zero * lowest, high)
+        lower = high - other_low > other_high - lowest
+        tuned = np.where(lower, other_low, lowest)
+        span_tuned = np.where(lower, high, other_high) - tuned
+        return torch.from_numpy(tuned).to(low), torch.from_numpy(span_tuned).to(span)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Passed on as they are."""
+        return *grads, None
+
+
+# By the names that NNCF 3.4 has for them.
+KERNELS = {"QuantizeSymmetric": SymmetricQuantize, "QuantizeAsymmetric": AsymmetricQuantize, "TuneRange": TuneRange}

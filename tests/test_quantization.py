@@ -1,18 +1,27 @@
 """Laws of folding, quantising, saving and training the quantised network."""
 
 import copy
+import importlib.util
 import json
 import sys
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from separable_network import SeparableNetwork, normalised, pictures, trained, varied
 from torch import Tensor, nn
 
 import compressor.fake_quantize
 from compressor import quantization
 from compressor.errors import RecipeError, UnsupportedModelError
-from compressor.fake_quantize import AsymmetricQuantize, SymmetricQuantize, fake_quantize, fake_quantize_gradients
+from compressor.fake_quantize import (
+    AsymmetricQuantize,
+    SymmetricQuantize,
+    TuneRange,
+    fake_quantize,
+    fake_quantize_gradients,
+)
 from compressor.folding import apply_fold, equalize_depthwise, fold_batchnorm
 from compressor.models.xception import Xception
 from compressor.quantization import load_quantized, quantize, resolve_overflow_fix
@@ -252,6 +261,35 @@ def test_kernels_do_not_depend_on_the_pieces(
     for got, want in zip(pieces, whole, strict=True):
         assert got.stride() == want.stride()
         torch.testing.assert_close(got, want)
+
+
+def nncf_tune_range() -> type:
+    """NNCF's own, from a copy of its module in which nothing is replaced."""
+    spec = importlib.util.find_spec("nncf.torch.quantization.quantize_functions")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.TuneRange
+
+
+@given(lows=st.lists(st.floats(-4, 2, width=32), min_size=1, max_size=4), data=st.data())
+def test_ranges_are_tuned_as_nncf_tunes_them(lows: list[float], data: st.DataObject) -> None:
+    spans = [data.draw(st.floats(0.125, 6, width=32)) for _ in lows]
+    low, span = torch.tensor(lows).reshape(-1, 1, 1), torch.tensor(spans).reshape(-1, 1, 1)
+    got, wanted = TuneRange.apply(low, span, 256), nncf_tune_range().apply(low, span, 256)
+    for mine, its in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-6, atol=1e-6)
+
+
+def test_under_autocast_the_result_is_in_the_precision_of_the_layers() -> None:
+    """The float32 weights of a layer leave as bf16, their gradient comes back as float32."""
+    weight = torch.randn(8, 4, 3, 3).requires_grad_()
+    scale = torch.full((8, 1, 1, 1), 1.5).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = SymmetricQuantize.apply(weight, scale, -127, 127, 255)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, SymmetricQuantize.apply(weight, scale, -127, 127, 255).bfloat16())
+    out.backward(torch.ones_like(out))
+    assert weight.grad.dtype == scale.grad.dtype == torch.float32
 
 
 def test_values_on_the_ends_of_a_range_are_inside_it() -> None:
