@@ -104,7 +104,7 @@ def fake_quantize_gradients(
         if by_low or level_low:
             outside[rows] += upstream.sum(1, keepdim=True) - passed.sum(1, keepdim=True)
         above[rows] += beyond(upstream, values, rows).sum(1, keepdim=True)
-        inside[rows] += torch.sub(rounded_piece, values, out=values).mul_(passed).sum(1, keepdim=True)
+        inside[rows] += torch.sub(rounded_piece, values).mul_(passed).sum(1, keepdim=True)
     grad_span = inside / span + above + (outside - above) * (level_low / level_high)
     return grad_x, outside.reshape(shape) if by_low else None, grad_span.reshape(shape)
 
