@@ -78,12 +78,8 @@ def test_every_kind_of_edit_reloads_to_equal_outputs(
     published(tmp_path, floating, quantized)
 
 
-def published(folder: Path, floating: np.ndarray, quantized: np.ndarray, *, least_db: float = 25) -> None:
-    """What was published computes what the process computed: ONNX in onnxruntime and IR, float and INT8.
-
-    Args:
-        least_db: of the logits' signal over the noise of INT8; another network's logits would be near 0 dB.
-    """
+def published(folder: Path, floating: np.ndarray, quantized: np.ndarray) -> None:
+    """What was published computes what the process computed: ONNX in onnxruntime and IR, float and INT8."""
     images, artifacts = np.load(folder / "images.npy"), folder / "run" / "artifacts"
     for logits in (
         onnx_logits(artifacts / "result_fp32.onnx", images),
@@ -96,13 +92,13 @@ def published(folder: Path, floating: np.ndarray, quantized: np.ndarray, *, leas
         ir_logits(artifacts / "result_int8.xml", images),
     ):
         noise = np.square(logits - quantized).mean()
-        assert 10 * np.log10(np.square(quantized - quantized.mean()).mean() / noise) > least_db, "dB of signal"
+        assert 10 * np.log10(np.square(quantized - quantized.mean()).mean() / noise) > 25, "dB of signal"
         assert (logits.argmax(1) == quantized.argmax(1)).mean() >= 0.95
 
 
 def test_xception_reloads_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = make_images(tmp_path / "images", per_class=12, test_per_class=6)
-    step = {"epochs": None, "steps": 2, "batch_size": 8}
+    step = {"epochs": None, "steps": 6, "batch_size": 8}  # after two, logits hardly differ from image to image
     recipe = write_recipe(
         tmp_path / "recipe.yaml",
         images,
@@ -120,5 +116,5 @@ def test_xception_reloads_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     floating, quantized = np.load(tmp_path / "floating.npy"), np.load(tmp_path / "quantized.npy")
     assert np.array_equal(reload(stages / "03-prune", tmp_path, "xception"), floating)
     assert np.array_equal(reload(stages / "05-finetune", tmp_path, "xception"), quantized)
-    if report.passed:  # two steps of training: whether INT8 keeps 99 % of such answers is chance
-        published(tmp_path, floating, quantized, least_db=15)  # and its logits hardly differ from image to image
+    if report.passed:  # six steps of training: whether INT8 keeps 99 % of such answers is chance
+        published(tmp_path, floating, quantized)
