@@ -16,7 +16,7 @@ from compressor.data import Dataset
 from compressor.data.batches import Augment
 from compressor.distillation import Distillation
 from compressor.errors import RecipeError
-from compressor.feed import freezing, parameters_of
+from compressor.feed import Frozen, freezing, parameters_of
 from compressor.inference import visiting
 from compressor.memory import MemoryUse, joined, measure_memory
 from compressor.pruning.groups import resolve_scope
@@ -81,6 +81,24 @@ def resolve_freeze(module: nn.Module, globs: Collection[str], *, where: str) -> 
     return frozen
 
 
+@contextmanager
+def freezing_as_told(module: nn.Module, options: Training, *, where: str, folder: Path) -> Iterator[Frozen]:
+    """Keep the layers of `options.freeze` from being trained; what they compute may be kept in a file in `folder`.
+
+    Raises:
+        RecipeError: see `resolve_freeze`.
+    """
+    layers = resolve_freeze(module, options.freeze, where=f"{where}.freeze")
+    with freezing(module, layers, folder=folder, max_bytes=int(options.freeze_cache_gb * 1e9)) as frozen:
+        yield frozen
+
+
+def loop_options(options: Training) -> dict[str, Any]:
+    """What of a recipe's options `finetune` takes as it is; distillation and freezing need more than the recipe."""
+    values = options.model_dump(exclude={"type", "augment", "distill", "freeze", "freeze_cache_gb"})
+    return values | {"augment": Augment(**options.augment.model_dump())}
+
+
 def train(
     module: nn.Module, options: Training, context: Context, assignment: Assignment, *, round_index: int = 0
 ) -> TrainingResult:
@@ -89,26 +107,22 @@ def train(
     if options.distill is not None:
         assert assignment.teacher is not None, "the recipe validator demands a baseline before distillation"
         distill = Distillation(assignment.teacher, options.distill.temperature, options.distill.weight)
-    values = options.model_dump(exclude={"type", "augment", "distill", "freeze", "freeze_cache_gb"})
-    augment = Augment(**options.augment.model_dump())
     data = context.data
     where = assignment.where if isinstance(options, Finetune) else f"{assignment.where}.recovery"
-    layers = resolve_freeze(module, options.freeze, where=f"{where}.freeze")
     with (
         visiting(context.device, module, *([distill.teacher] if distill else [])),
-        freezing(module, layers, folder=context.run_dir, max_bytes=int(options.freeze_cache_gb * 1e9)) as frozen,
+        freezing_as_told(module, options, where=where, folder=context.run_dir) as frozen,
     ):
         return finetune(
             module,
             train=data.train,
             val=data.val,
             spec=data.spec,
-            augment=augment,
             distill=distill,
             frozen=frozen,
             seed=assignment.seed + round_index,
             device=context.device,
-            **values,
+            **loop_options(options),
         )
 
 

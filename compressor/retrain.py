@@ -23,10 +23,8 @@ def retrain(run: Path, stage_folder: Path, index: int, steps: int) -> dict[str, 
     import torch
 
     from compressor.checkpoint import load_network
-    from compressor.context import resolve_freeze
+    from compressor.context import freezing_as_told, loop_options
     from compressor.data import load_dataset
-    from compressor.data.batches import Augment
-    from compressor.feed import freezing
     from compressor.pipeline import input_spec
     from compressor.recipe import Training
     from compressor.recipe_loader import load_recipe
@@ -40,21 +38,16 @@ def retrain(run: Path, stage_folder: Path, index: int, steps: int) -> dict[str, 
     torch.manual_seed(recipe.seed)
     data = load_dataset(spec=spec, cache=cache_dir() / "data", seed=recipe.seed, **recipe.data.model_dump())
     network = load_network(stage_folder)
-    left_out = {"type", "augment", "distill", "epochs", "steps", "patience", "freeze", "freeze_cache_gb"}
-    options = stage.model_dump(exclude=left_out)
-    layers = resolve_freeze(network.module, stage.freeze, where=f"stages[{index}].freeze")
-    max_bytes = int(stage.freeze_cache_gb * 1e9)
+    options = loop_options(stage) | {"epochs": None, "steps": steps, "patience": None}
     with (
         measure_memory() as memory,
-        freezing(network.module, layers, folder=cache_dir(), max_bytes=max_bytes) as frozen,
+        freezing_as_told(network.module, stage, where=f"stages[{index}]", folder=cache_dir()) as frozen,
     ):
         finetune(
             network.module,
             train=data.train,
             val=data.val,
             spec=spec,
-            steps=steps,
-            augment=Augment(**stage.augment.model_dump()),
             frozen=frozen,
             seed=recipe.seed,
             **options,
