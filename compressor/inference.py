@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from compressor.data import Split
-from compressor.data.batches import batches, to_input
+from compressor.data.batches import draws, to_input
 from compressor.environment import BF16_FEATURES, cpu_flags
 from compressor.metrics import top1
 from compressor.preprocess import InputSpec
@@ -114,10 +114,10 @@ def reestimate_batchnorm(
         m.momentum = None  # cumulative average
         m.train()
     generator = torch.Generator().manual_seed(seed)
-    shuffled = batches(split, spec, size=size, generator=generator, augment=None, device=device)
+    shuffled = draws(len(split.labels), size=size, generator=generator, augment=None)
     with visiting(device, module), arithmetic(torch.float32, device):
-        for x, _ in itertools.islice(shuffled, passes):
-            module(x)
+        for chosen, _ in itertools.islice(shuffled, passes):
+            module(to_input(split.images[chosen], spec, device))
     module.train(was_training)
     for m, (momentum, training) in zip(norms, saved, strict=True):
         m.momentum = momentum

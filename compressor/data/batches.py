@@ -76,23 +76,8 @@ class Augment:
     rotate90: bool = False
     crop: float = 1.0
 
-    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Return changed images; the input is left alone, or returned when nothing is changed.
-
-        Args:
-            x: (N, C, H, W), any dtype and device.
-            generator: On the CPU; its state alone decides the changes, on every device.
-
-        Returns:
-            Same shape, dtype and device, in channels_last memory.
-
-        Raises:
-            ValueError: `rotate90` on images that are not square.
-        """
-        return self.apply(x, self.draw(len(x), generator))
-
     def draw(self, n: int, generator: torch.Generator) -> Draw:
-        """Decide what happens to `n` images."""
+        """Decide what happens to `n` images; the generator is on the CPU and alone decides, on every device."""
         turns = torch.randint(4, (n,), generator=generator) if self.rotate90 else torch.zeros(n, dtype=torch.int64)
         mirror_rows = _coins(n, self.vertical_flip, generator)
         mirror_columns = _coins(n, self.flip, generator)
@@ -106,7 +91,18 @@ class Augment:
         return Draw(_orientation(turns, mirror_rows, mirror_columns), shifts, windows)
 
     def apply(self, x: Tensor, draw: Draw) -> Tensor:
-        """Do to (N, C, H, W) what was drawn; see `__call__`."""
+        """Return images changed as was drawn; the input is left alone, or returned when nothing is changed.
+
+        Args:
+            x: (N, C, H, W), any dtype and device.
+            draw: Of `self.draw`, for N images.
+
+        Returns:
+            Same shape, dtype and device, in channels_last memory.
+
+        Raises:
+            ValueError: `rotate90` on images that are not square.
+        """
         if self.rotate90 and x.shape[2] != x.shape[3]:
             raise ValueError(f"augment.rotate90 needs square images; {x.shape[2]} x {x.shape[3]} found")
         if draw.shifts is not None or bool(draw.orientations.any()):
@@ -144,15 +140,6 @@ def drawn_images(
     """The images of one batch as a network is fed them, (N, 3, H, W)."""
     x = to_input(split.images[chosen], spec, device)
     return augment.apply(x, draw) if augment else x
-
-
-def batches(
-    split: Split, spec: InputSpec, *, size: int, generator: torch.Generator, augment: Augment | None, device: str
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """One shuffled pass over a split: images (N, 3, H, W) and labels (N,); see `draws`."""
-    for chosen, draw in draws(len(split.labels), size=size, generator=generator, augment=augment):
-        x = drawn_images(split, spec, chosen, draw, augment=augment, device=device)
-        yield x, labels_of(split, chosen, device)
 
 
 def labels_of(split: Split, chosen: NDArray[np.int64], device: str) -> Tensor:
