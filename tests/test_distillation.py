@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_training import TRAIN, network, run
+from small_training import TRAIN, network, run
 from torch import nn
 
 from compressor import distillation

@@ -8,28 +8,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_networks import RandomNetwork, Spec, specs
+from small_training import SPEC, split
 from torch import Tensor, nn
 
 from compressor import feed, training
 from compressor.context import resolve_freeze
-from compressor.data import Split
 from compressor.data.batches import Augment
 from compressor.distillation import Distillation
 from compressor.errors import RecipeError, ResourceError, TrainingError, UnsupportedModelError
 from compressor.feed import Frozen, freezing, open_feed
 from compressor.frozen_prefix import find_cuts, split_at, train_mode
 from compressor.inference import frozen_copy
-from compressor.preprocess import InputSpec
 from compressor.pruning.groups import resolve_scope
 from compressor.training import TrainingResult, finetune
 
-SPEC = InputSpec(12, 12)
 FIRST = ("stem", "norm", "block*")
 TURNS = Augment(flip=True, vertical_flip=True, rotate90=True)
 STILL = Augment(flip=False)
@@ -73,15 +70,6 @@ def network() -> Network:
             nn.init.uniform_(layer.running_mean, -0.5, 0.5)
             nn.init.uniform_(layer.running_var, 0.5, 2.0)
     return module
-
-
-def split(count: int, seed: int) -> Split:
-    rng = np.random.default_rng(seed)
-    labels = np.arange(count, dtype=np.int64) % 3
-    images = rng.integers(0, 90, (count, 12, 12, 3), dtype=np.uint8)
-    for image, label in zip(images, labels, strict=True):
-        image[4 * label : 4 * label + 4] += 140
-    return Split(images, labels, tuple(str(i) for i in range(count)))
 
 
 TRAIN, VAL = split(48, 0), split(71, 1)  # validation in batches of 64 and 7
