@@ -31,7 +31,7 @@ def install_kernels() -> None:
         if hasattr(quantize_functions, name):
             setattr(quantize_functions, name, function)
         else:
-            log.warning("this NNCF has no %s to replace; it compiles its own kernels at first use", name)
+            log.warning("this NNCF has no %s to replace; it uses its own", name)
 
 
 def fake_quantize(x: Tensor, low: Tensor, span: Tensor, levels: int) -> Tensor:
