@@ -10,19 +10,16 @@ Invariant: each is the step of `training.finetune` on the same batch; peak memor
 
 import argparse
 import copy
-import json
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from measuring import in_turns, keep, summary
 from torch import nn
 
 from compressor import environment
-from compressor.artifacts import write_json
 from compressor.fake_quantize import KERNELS
 from compressor.folding import fold_batchnorm
 from compressor.inference import arithmetic, choose_precision
@@ -105,34 +102,13 @@ def main() -> int:
         print(memory.peak_bytes)
         return 0
     steps = {name: make_step(name, args.size, args.batch, stock) for name in args.variants}
-    for step in steps.values():
-        step()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(args.rounds):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - started)
+    seconds = in_turns(steps, args.rounds)
     steps.clear()
     figures = {
-        name: {
-            "median_s": statistics.median(times),
-            "spread_s": [min(times), max(times)],
-            "peak_bytes": peak_bytes(name, args.size, args.batch),
-        }
-        for name, times in seconds.items()
+        name: {"seconds": summary(spent), "peak_bytes": peak_bytes(name, args.size, args.batch)}
+        for name, spent in seconds.items()
     }
-    result = {
-        "size": args.size,
-        "batch": args.batch,
-        "rounds": args.rounds,
-        "torch_threads": torch.get_num_threads(),
-        "figures": figures,
-        "environment": environment.describe(),
-    }
-    print(json.dumps(figures, indent=1))
-    if args.output:
-        write_json(args.output, result)
+    keep(args.output, {"size": args.size, "batch": args.batch, "rounds": args.rounds, "figures": figures})
     return 0
 
 

@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import nn
 from compressor import environment
 from compressor.artifacts import sha256_of, write_json
 from compressor.checkpoint import Network, load_network, save_network
+from compressor.clock import Clock
 from compressor.context import Assignment, Context, Work
 from compressor.data import Dataset, load_dataset
 from compressor.data.batches import to_input
@@ -34,7 +34,7 @@ from compressor.recipe import DropBlocks, Finetune, Quantize, Recipe, Stage
 from compressor.recipe_loader import load_recipe
 from compressor.report import Footprint, Report, write_report
 from compressor.run_folder import fresh_run_dir, log_file, open_partial, publish, remember_stage, stage_is_ready
-from compressor.stages import not_finite, run_stage
+from compressor.stages import Outcome, not_finite, run_stage
 from compressor.structure import check_scopes
 
 log = logging.getLogger(__name__)
@@ -48,8 +48,8 @@ class _Run:
     partial: Path
     context: Context
     weights: WeightsReport
+    clock: Clock
     records: list[dict[str, Any]] = field(default_factory=list)
-    timing: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -88,14 +88,16 @@ def compress(
     if run.name in ("", ".."):
         run = run.resolve()
     with open_partial(run, tree, resume=resume, force=force) as partial, log_file(partial / "run.log"):
-        state, network = _prepare(tree, partial, _device(device))
+        clock = Clock()
+        with clock("prepare"):
+            state, network = _prepare(tree, partial, _device(device), clock)
         networks = _run_stages(state, network)
         report = prove(
             state.context,
             tree,
             networks,
             records=state.records,
-            timing=state.timing,
+            clock=clock,
             weights=dataclasses.asdict(state.weights),
             notes=state.notes,
         )
@@ -113,9 +115,8 @@ def _read_recipe(recipe: str | Path | Recipe, overrides: Sequence[str]) -> tuple
     return load_recipe(Path(recipe), overrides).recipe, Path(recipe).stem
 
 
-def _prepare(recipe: Recipe, partial: Path, device: str) -> tuple[_Run, Network]:
+def _prepare(recipe: Recipe, partial: Path, device: str, clock: Clock) -> tuple[_Run, Network]:
     """Load data and weights: everything that can be found wrong before a stage starts."""
-    started = time.perf_counter()
     spec = input_spec(recipe)
     data = _load_data(recipe, spec)
     torch.manual_seed(recipe.seed)
@@ -132,9 +133,8 @@ def _prepare(recipe: Recipe, partial: Path, device: str) -> tuple[_Run, Network]
         _refuse_untrained_baseline(recipe, weights)
     check_scopes(module, recipe.stages)
     example = to_input(data.train.images[:1], spec, "cpu")
-    state = _Run(recipe, partial, Context(example, data, device, partial), weights)
+    state = _Run(recipe, partial, Context(example, data, device, partial), weights, clock)
     state.notes += [*data.notes, *weights.notes]
-    state.timing["prepare"] = time.perf_counter() - started
     architecture = {
         "source": recipe.model.source,
         "name": recipe.model.name,
@@ -265,19 +265,20 @@ def _run_stages(state: _Run, network: Network) -> Networks:
 def _run_one(
     state: _Run, index: int, network: Network, key: str, teacher: nn.Module | None, baseline: Footprint
 ) -> Network:
-    """Run one stage and write its folder in one rename."""
+    """Run one stage and keep what came out."""
     stage = state.recipe.stages[index]
     assignment = Assignment(f"stages[{index}]", state.recipe.seed + index, teacher, baseline)
     work = Work({}, [], [])
-    started = time.perf_counter()
+    name = f"stages[{index}] {stage.type}"
     try:
-        outcome = run_stage(stage, network, state.context, assignment, work)
+        with state.clock(name):
+            outcome = run_stage(stage, network, state.context, assignment, work)
     except TrainingError as error:
         if not_finite(network.module):
             raise
         save_network(state.partial / "last_good", dataclasses.replace(network, edits=(*network.edits, *work.edits)))
         raise TrainingError(f"stages[{index}]: {error} (in {state.partial / 'last_good'})") from error
-    seconds = time.perf_counter() - started
+    seconds = state.clock.seconds[name]
     record = {
         "index": index,
         "type": stage.type,
@@ -290,22 +291,27 @@ def _run_one(
     for note in outcome.notes:
         log.warning("stages[%d]: %s", index, note)
     folder = _stage_folder(state, index)
+    with state.clock("keep stages"):
+        record = _keep(folder, outcome, record)
+        remember_stage(folder, key)
+        state.records.append({**record, "reused": False})
+        accuracy = outcome.footprint.val_accuracy or 0.0
+        log.info("stage %d done in %.0f s: %.4f validation accuracy", index + 1, seconds, accuracy)
+        return load_network(folder)  # so that a resumed run goes on from the very same, to the order of its parameters
+
+
+def _keep(folder: Path, outcome: Outcome, record: dict[str, Any]) -> dict[str, Any]:
+    """Write a stage's folder, which appears by one rename; returns its record with the digests of its files."""
     unfinished = folder.with_name("." + folder.name)
     shutil.rmtree(unfinished, ignore_errors=True)
     save_network(unfinished, outcome.network)
     if outcome.plans:
         write_json(unfinished / "plan.json", {"plans": outcome.plans})
-    record["files"] = {path.name: sha256_of(path) for path in sorted(unfinished.iterdir())}
+    record = {**record, "files": {path.name: sha256_of(path) for path in sorted(unfinished.iterdir())}}
     write_json(unfinished / "footprint.json", record)
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
-    remember_stage(folder, key)
-    state.records.append({**record, "reused": False})
-    state.timing[f"stages[{index}] {stage.type}"] = seconds
-    log.info(
-        "stage %d done in %.0f s: %.4f validation accuracy", index + 1, seconds, outcome.footprint.val_accuracy or 0.0
-    )
-    return load_network(folder)  # so that a resumed run goes on from the very same, to the order of its parameters
+    return record
 
 
 def _stage_folder(state: _Run, index: int) -> Path:

@@ -25,6 +25,7 @@ from compressor import environment
 from compressor.artifacts import Artifact, sha256_of
 from compressor.benchmark import Candidate, audit, cpu_capabilities, measure_latency, measure_throughput
 from compressor.checkpoint import Network
+from compressor.clock import Clock
 from compressor.context import Context
 from compressor.export import convert_float_ir, publish_float, publish_int8, save_ir
 from compressor.inference import evaluate
@@ -62,7 +63,7 @@ def prove(
     networks: Networks,
     *,
     records: Sequence[dict[str, Any]],
-    timing: dict[str, float],
+    clock: Clock,
     weights: dict[str, Any],
     notes: Sequence[str],
 ) -> Report:
@@ -77,10 +78,9 @@ def prove(
 
     @contextmanager
     def timed(name: str) -> Iterator[None]:
-        started = time.perf_counter()
         log.info("%s", name)
-        yield
-        timing[name] = time.perf_counter() - started
+        with clock(name):
+            yield
 
     with timed("export"):
         files = _export(folder, context, recipe, networks, extra)
@@ -94,12 +94,10 @@ def prove(
         retrain = _retrain_memory(context, recipe, records)
         if "error" in retrain:
             extra.append(f"retraining memory was not measured: {retrain['error']}")
-    baseline = _footprint(context, networks.baseline, "baseline", files["baseline"], accuracy, speed)
-    result = _footprint(context, networks.result, "result", files["result"], accuracy, speed)
-    baseline = dataclasses.replace(baseline, **_training_cost([r for r in records if r["index"] < networks.lead]))
+    leading = [r for r in records if r["index"] < networks.lead]
+    baseline = _footprint(context, networks.baseline, "baseline", files["baseline"], accuracy, speed, leading)
     result = dataclasses.replace(
-        result,
-        **_training_cost(records),
+        _footprint(context, networks.result, "result", files["result"], accuracy, speed, records),
         retrain_avg_memory_bytes=retrain.get("average_bytes"),
         retrain_peak_memory_bytes=retrain.get("peak_bytes"),
     )
@@ -131,7 +129,7 @@ def prove(
             "torch_threads": torch.get_num_threads(),
             "training_device": context.device,
         },
-        timing=timing,
+        timing={**clock.seconds, "total": clock.elapsed()},
         notes=(*notes, *extra),
     )
 
@@ -283,9 +281,15 @@ def _retrain_memory(context: Context, recipe: Recipe, records: Sequence[dict[str
 
 
 def _footprint(
-    context: Context, network: Network, name: str, xml: Path, accuracy: Mapping[str, Any], speed: Mapping[str, Any]
+    context: Context,
+    network: Network,
+    name: str,
+    xml: Path,
+    accuracy: Mapping[str, Any],
+    speed: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]],
 ) -> Footprint:
-    """All that was measured on one published network; training's cost is added by the caller."""
+    """All that was measured on one published network; `records` are of the stages that led to it."""
     latency, native = speed["latency"], speed["latency_native"]
     known = accuracy.get(name)
     counts = count(network.module, context.example)
@@ -301,7 +305,11 @@ def _footprint(
         throughput_fps=speed.get("throughput_fps", {}).get(name),
         accuracy=known["accuracy"] if known else None,
         accuracy_ci=known["ci"] if known else None,
-        val_accuracy=evaluate(network.module, context.data.val, context.data.spec)[0],
+        # The last stage measured it on these very weights.
+        val_accuracy=records[-1]["footprint"]["val_accuracy"]
+        if records
+        else evaluate(network.module, context.data.val, context.data.spec)[0],
+        **_training_cost(records),
     )
 
 

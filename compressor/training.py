@@ -6,7 +6,6 @@ good weights.
 
 import logging
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compressor.clock import Clock
 from compressor.data import Split
 from compressor.data.batches import Augment
 from compressor.distillation import Answers, Distillation
@@ -68,6 +68,7 @@ class TrainingResult:
     steps: int = 0
     images: int = 0
     seconds: float = 0.0
+    time: dict[str, float] = field(default_factory=dict)  # seconds of `data`, `teacher`, `step` and `validation`
     precision: str = "float32"
     teacher_images: int = 0  # how many the teacher was asked about
     frozen: dict[str, Any] | None = None  # what was frozen and what of it was cached, see `feed.Feed`
@@ -213,36 +214,44 @@ def finetune(
     if math.isfinite(loss_at_start):
         result.val_accuracy, result.val_loss = result.start_accuracy, loss_at_start
     chance = math.log(max(2, _classes(module, train, spec, device)))
-    started = time.perf_counter()
+    clock = Clock()
     for epoch in range(epochs):
         train_mode(module, frozen.layers)
         losses: list[float] = []
-        for batch in feed.batches(batch_size, generator):
-            if result.steps == total:
+        batches = feed.batches(batch_size, generator)
+        while result.steps < total:
+            with clock("data"):
+                batch = next(batches, None)
+            if batch is None:
                 break
-            for group in opt.param_groups:
-                group["lr"] = learning_rate * factor(result.steps / total)
-            with arithmetic(dtype, device):
-                outputs = feed.trained(batch.inputs)
-                targets = answers.of(batch) if answers else None
-            loss = loss_of(outputs.float(), batch.labels, label_smoothing, targets, distill)
-            losses.append(float(loss.detach()))
-            if not math.isfinite(losses[-1]):
-                module.load_state_dict(good)
-                raise TrainingError(
-                    f"the loss became {losses[-1]} at step {result.steps + 1} of {total} (epoch {epoch + 1}); the last "
-                    f"good weights are kept. Lower learning_rate (now {learning_rate:g}), set clip_norm, or use float32"
-                )
-            opt.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            if clip_norm:
-                nn.utils.clip_grad_norm_(module.parameters(), clip_norm)
-            opt.step()
-            if average:
-                average.update(module)
+            targets = None
+            if answers:
+                with clock("teacher"), arithmetic(dtype, device):
+                    targets = answers.of(batch)
+            with clock("step"):
+                for group in opt.param_groups:
+                    group["lr"] = learning_rate * factor(result.steps / total)
+                with arithmetic(dtype, device):
+                    outputs = feed.trained(batch.inputs)
+                loss = loss_of(outputs.float(), batch.labels, label_smoothing, targets, distill)
+                losses.append(float(loss.detach()))
+                if not math.isfinite(losses[-1]):
+                    module.load_state_dict(good)
+                    raise TrainingError(
+                        f"the loss became {losses[-1]} at step {result.steps + 1} of {total} (epoch {epoch + 1}); the "
+                        f"last good weights are kept. Lower learning_rate (now {learning_rate:g}), set clip_norm, or "
+                        "use float32"
+                    )
+                opt.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                if clip_norm:
+                    nn.utils.clip_grad_norm_(module.parameters(), clip_norm)
+                opt.step()
+                if average:
+                    average.update(module)
             result.steps += 1
             result.images += len(batch.labels)
-            _report_step(result, total, epoch, epochs, losses, started)
+            _report_step(result, total, epoch, epochs, losses, clock.elapsed())
         mean_loss = float(np.mean(losses))
         first = result.history[0].loss if result.history else losses[0]
         if mean_loss > DIVERGED * max(first, chance):
@@ -254,7 +263,10 @@ def finetune(
         trained = snapshot(module) if average else None
         if average:
             module.load_state_dict(average.state)
-        accuracy, val_loss = evaluate(feed.trained, val, spec, device=device, dtype=dtype, features=feed.val_features)
+        with clock("validation"):
+            accuracy, val_loss = evaluate(
+                feed.trained, val, spec, device=device, dtype=dtype, features=feed.val_features
+            )
         if not math.isfinite(val_loss):
             module.load_state_dict(good)
             raise TrainingError(
@@ -267,7 +279,7 @@ def finetune(
             good = snapshot(module)
         if trained is not None:
             module.load_state_dict(trained)
-        seconds = time.perf_counter() - started
+        seconds = clock.elapsed()
         lr = opt.param_groups[0]["lr"]
         result.history.append(Epoch(epoch, mean_loss, accuracy, val_loss, lr, seconds))
         progress = Progress(result.steps, total, epoch + 1, epochs, mean_loss, accuracy, seconds)
@@ -290,18 +302,18 @@ def finetune(
             "no epoch did better on validation than the weights it started from (%.4f); those are kept",
             result.val_accuracy,
         )
-    result.seconds = time.perf_counter() - started
+    result.seconds, result.time = clock.elapsed(), clock.seconds
     result.teacher_images = answers.asked if answers else 0
     result.frozen = feed.summary()
     return result
 
 
 def _report_step(
-    result: TrainingResult, total: int, epoch: int, epochs: int, losses: list[float], started: float
+    result: TrainingResult, total: int, epoch: int, epochs: int, losses: list[float], seconds: float
 ) -> None:
     last = result.history[-1].val_accuracy if result.history else None
     recent = float(np.mean(losses[-20:]))
-    progress = Progress(result.steps, total, epoch + 1, epochs, recent, last, time.perf_counter() - started)
+    progress = Progress(result.steps, total, epoch + 1, epochs, recent, last, seconds)
     log.debug("step %d/%d", result.steps, total, extra={"progress": progress})
 
 

@@ -10,9 +10,9 @@ from hypothesis import settings
 from tiny_networks import make_images, stand_in
 
 # The same examples every time, so that a commit does not fail for what another one did; HYPOTHESIS_PROFILE=explore
-# draws new ones.
-settings.register_profile("repeat", derandomize=True)
-settings.register_profile("explore")
+# draws new ones. No deadlines: how long an example takes says more about the machine than about the code.
+settings.register_profile("repeat", derandomize=True, deadline=None)
+settings.register_profile("explore", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
 REPOSITORY = Path(__file__).resolve().parent.parent

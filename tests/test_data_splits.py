@@ -36,7 +36,7 @@ def split(images: list[Item], *, group_by: int | None = None, seed: int = 0):  #
     return assign(images, LABELS, seed=seed, val_fraction=0.1, test_fraction=0.2, group_by=group_by)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(images=st.booleans().flatmap(items), seed=st.integers(0, 9))
 def test_equal_bytes_are_never_on_two_sides(images: list[Item], seed: int) -> None:
     result = split(images, seed=seed)
@@ -47,7 +47,7 @@ def test_equal_bytes_are_never_on_two_sides(images: list[Item], seed: int) -> No
     assert len(placed) + result.duplicates_dropped == len(images)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(images=items(found=False), seed=st.integers(0, 9))
 def test_groups_stay_on_one_side(images: list[Item], seed: int) -> None:
     result = split(images, group_by=5, seed=seed)
@@ -55,7 +55,7 @@ def test_groups_stay_on_one_side(images: list[Item], seed: int) -> None:
     assert not (groups[0] & groups[1]) | (groups[0] & groups[2]) | (groups[1] & groups[2])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(images=items(found=False))
 def test_a_split_without_faults_serves_every_class(images: list[Item]) -> None:
     result = split(images)

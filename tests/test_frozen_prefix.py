@@ -321,7 +321,7 @@ def test_what_cannot_be_cut_is_trained_whole_and_said(
     assert result.steps == 3
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(spec=specs(), data=st.data())
 def test_every_cut_of_any_network_gives_two_parts_of_the_same_layers(spec: Spec, data: st.DataObject) -> None:
     module = RandomNetwork(spec).eval()

@@ -143,6 +143,18 @@ def test_stages_carry_validation_accuracy_and_no_test_accuracy(finished: Finishe
     assert macs == sorted(macs, reverse=True)
 
 
+def test_the_time_of_a_run_is_accounted_for(finished: Finished) -> None:
+    timing = dict(finished.report.timing)
+    total = timing.pop("total")
+    names = [f"stages[{stage['index']}] {stage['type']}" for stage in finished.report.stages]
+    proof = ["export", "parity", "accuracy", "benchmark", "retraining memory"]
+    assert sorted(timing) == sorted(["prepare", *names, "keep stages", *proof])
+    assert 0.9 * total - 0.5 <= sum(timing.values()) <= total
+    for stage in finished.report.stages:
+        if stage["type"] == "finetune":
+            assert sum(stage["details"]["time"].values()) <= stage["details"]["seconds"] <= stage["seconds"]
+
+
 def test_the_folder_holds_what_the_contract_lists_and_nothing_else(finished: Finished) -> None:
     names = set(contents(finished.run))
     stages = {f"stages/{i:02d}-{stage['type']}" for i, stage in enumerate(EVERY_STAGE)}

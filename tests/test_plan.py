@@ -64,7 +64,7 @@ def group_named(case: Case, name: str) -> ChannelGroup:
     return next(group for group in case.groups if group.name == name)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(
     spec=specs(),
     ranking=st.sampled_from(("local", "global")),
