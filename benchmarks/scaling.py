@@ -1,9 +1,9 @@
 """How costs grow: training with images and with MACs, memory with images, planning with layers.
 
-    python benchmarks/scaling.py [benchmarks/scaling.json]      planning needs the extra `zoo`
+    python benchmarks/scaling.py [benchmarks/scaling.json]
 
 Training is one epoch of Xception, each point in a process of its own, points of a series in turns.
-Planning finds the groups of torchvision's ResNets, scores them and decides a plan for half of their MACs.
+Planning finds the groups of ResNets (arXiv 1512.03385), scores them and decides a plan for half of their MACs.
 
 Invariant: images are memory-mapped from a file, as those of a data set are.
 """
@@ -35,7 +35,52 @@ from compressor.training import finetune
 IMAGES = (256, 512, 1024, 2048)  # at SIDE pixels
 SIDES = (64, 96, 136, 192)  # pixels, with FEW images; MACs grow with the area
 SIDE, FEW = 64, 192
-RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+RESNETS = {  # residual blocks of each stage, and whether they are bottlenecks
+    "resnet18": ((2, 2, 2, 2), False),
+    "resnet34": ((3, 4, 6, 3), False),
+    "resnet50": ((3, 4, 6, 3), True),
+    "resnet101": ((3, 4, 23, 3), True),
+    "resnet152": ((3, 8, 36, 3), True),
+}
+
+
+class Residual(nn.Module):
+    """Two 3x3 convolutions, or a bottleneck of three, beside a shortcut."""
+
+    def __init__(self, inputs: int, width: int, stride: int, bottleneck: bool):
+        super().__init__()
+        outputs = 4 * width if bottleneck else width
+        if bottleneck:
+            shapes = [(inputs, width, 1, 1), (width, width, 3, stride), (width, outputs, 1, 1)]
+        else:
+            shapes = [(inputs, width, 3, stride), (width, outputs, 3, 1)]
+        layers: list[nn.Module] = []
+        for i, o, kernel, step in shapes:
+            layers += [nn.Conv2d(i, o, kernel, step, kernel // 2, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
+        self.body = nn.Sequential(*layers[:-1])
+        same = stride == 1 and inputs == outputs
+        change = [nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)]
+        self.shortcut = nn.Identity() if same else nn.Sequential(*change)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.body(x) + self.shortcut(x))
+
+
+def resnet(blocks: tuple[int, ...], bottleneck: bool) -> nn.Module:
+    """A ResNet with 1000 classes and random weights."""
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, 64, 7, 2, 3, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1),
+    ]
+    inputs = 64
+    for stage, count_blocks in enumerate(blocks):
+        width = 64 << stage
+        for i in range(count_blocks):
+            layers.append(Residual(inputs, width, 2 if stage and not i else 1, bottleneck))
+            inputs = 4 * width if bottleneck else width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 1000)).eval()
 
 
 def train_once(folder: Path, images: int, side: int) -> dict[str, float]:
@@ -89,7 +134,7 @@ def series(points: list[tuple[int, int]], rounds: int) -> list[dict[str, Any]]:
 
 def plan_once(network: nn.Module, example: torch.Tensor) -> None:
     """Everything that planning a prune stage does on an untrained network."""
-    groups = find_groups(network, example, ignored={"fc"})
+    groups = find_groups(network, example, ignored=())
     scores = score_groups(network, groups, kind="magnitude", loss_batches=None, seed=0)
     decide_plan(
         network,
@@ -107,11 +152,9 @@ def plan_once(network: nn.Module, example: torch.Tensor) -> None:
 
 def planning(rounds: int) -> list[dict[str, Any]]:
     """Seconds of planning each ResNet, in turns."""
-    from torchvision import models
-
     torch.manual_seed(0)
     example = torch.zeros(1, 3, 64, 64)
-    networks = {name: getattr(models, name)(weights=None).eval() for name in RESNETS}
+    networks = {name: resnet(*shape) for name, shape in RESNETS.items()}
     seconds = in_turns({name: partial(plan_once, network, example) for name, network in networks.items()}, rounds)
     layers = {n: sum(isinstance(m, nn.Conv2d | nn.Linear) for m in net.modules()) for n, net in networks.items()}
     return [{"network": n, "layers": layers[n], "seconds": summary(spent)} for n, spent in seconds.items()]
