@@ -33,6 +33,7 @@ class Context:
     data: Dataset
     device: str
     run_dir: Path
+    precision: str = "auto"  # what a recipe's `precision: auto` means in this run, once it is known
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,14 @@ def freezing_as_told(module: nn.Module, options: Training, *, where: str, folder
         yield frozen
 
 
-def loop_options(options: Training) -> dict[str, Any]:
-    """What of a recipe's options `finetune` takes as it is; distillation and freezing need more than the recipe."""
+def loop_options(options: Training, precision: str) -> dict[str, Any]:
+    """What of a recipe's options `finetune` takes as it is; distillation and freezing need more than the recipe.
+
+    `precision` is what `auto` means, see `Context`.
+    """
     values = options.model_dump(exclude={"type", "augment", "distill", "freeze", "freeze_cache_gb"})
+    if options.precision == "auto":
+        values["precision"] = precision
     return values | {"augment": Augment(**options.augment.model_dump())}
 
 
@@ -122,7 +128,7 @@ def train(
             frozen=frozen,
             seed=assignment.seed + round_index,
             device=context.device,
-            **loop_options(options),
+            **loop_options(options, context.precision),
         )
 
 

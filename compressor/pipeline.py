@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,10 @@ from compressor.inference import frozen_copy
 from compressor.models import HEADS, build
 from compressor.models.counting import count
 from compressor.models.weights import WeightsReport, load_weights
+from compressor.precision import TrainingPrecision, faster_precision
 from compressor.preprocess import InputSpec
 from compressor.proof import Networks, prove
-from compressor.recipe import DropBlocks, Finetune, Quantize, Recipe, Stage
+from compressor.recipe import DropBlocks, Finetune, Quantize, Recipe, Stage, Training
 from compressor.recipe_loader import load_recipe
 from compressor.report import Footprint, Report, write_report
 from compressor.run_folder import fresh_run_dir, log_file, open_partial, publish, remember_stage, stage_is_ready
@@ -48,6 +49,7 @@ class _Run:
     partial: Path
     context: Context
     weights: WeightsReport
+    precision: TrainingPrecision
     clock: Clock
     records: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -97,6 +99,7 @@ def compress(
             tree,
             networks,
             records=state.records,
+            precision=dataclasses.asdict(state.precision),
             clock=clock,
             weights=dataclasses.asdict(state.weights),
             notes=state.notes,
@@ -132,16 +135,29 @@ def _prepare(recipe: Recipe, partial: Path, device: str, clock: Clock) -> tuple[
     if not leading_finetunes(recipe) and not weights.head_loaded:
         _refuse_untrained_baseline(recipe, weights)
     check_scopes(module, recipe.stages)
-    example = to_input(data.train.images[:1], spec, "cpu")
-    state = _Run(recipe, partial, Context(example, data, device, partial), weights, clock)
-    state.notes += [*data.notes, *weights.notes]
     architecture = {
         "source": recipe.model.source,
         "name": recipe.model.name,
         "args": dict(recipe.model.args),
         "num_classes": len(data.labels),
     }
+    precision = _training_precision(recipe, module, architecture, data, device)
+    example = to_input(data.train.images[:1], spec, "cpu")
+    state = _Run(recipe, partial, Context(example, data, device, partial, precision.chosen), weights, precision, clock)
+    state.notes += [*data.notes, *weights.notes]
     return state, Network(module, architecture, (), None, (3, spec.height, spec.width))
+
+
+def _training_precision(
+    recipe: Recipe, module: nn.Module, architecture: Mapping[str, Any], data: Dataset, device: str
+) -> TrainingPrecision:
+    """What `precision: auto` means in this run: measured for the dense network with the first training's batch."""
+    options = [part for stage in recipe.stages for part in (stage, getattr(stage, "recovery", None))]
+    trainings = [part for part in options if isinstance(part, Training)]
+    if not any(training.precision == "auto" for training in trainings):
+        return TrainingPrecision("auto")
+    batch = to_input(data.train.images[: trainings[0].batch_size], data.spec, "cpu")
+    return faster_precision(module, batch, device=device, identity=architecture)
 
 
 def input_spec(recipe: Recipe) -> InputSpec:
@@ -209,7 +225,8 @@ def _first_key(state: _Run) -> str:
             "seed": state.recipe.seed,
             "versions": environment.versions(),
             "device": state.context.device,
-            # What `precision: auto` and `overflow_fix: auto` look at.
+            "precision": state.context.precision,
+            # What `overflow_fix: auto` looks at.
             "isa": sorted(environment.cpu_flags() & {*environment.INT8_FEATURES, *environment.BF16_FEATURES}),
         }
     )

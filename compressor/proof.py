@@ -63,6 +63,7 @@ def prove(
     networks: Networks,
     *,
     records: Sequence[dict[str, Any]],
+    precision: Mapping[str, Any],
     clock: Clock,
     weights: dict[str, Any],
     notes: Sequence[str],
@@ -128,6 +129,7 @@ def prove(
             **environment.describe(),
             "torch_threads": torch.get_num_threads(),
             "training_device": context.device,
+            "training_precision": precision,
         },
         timing={**clock.seconds, "total": clock.elapsed()},
         notes=(*notes, *extra),
@@ -269,6 +271,7 @@ def _retrain_memory(context: Context, recipe: Recipe, records: Sequence[dict[str
         str(folder),
         str(last),
         str(RETRAIN_STEPS),
+        context.precision,
     ]
     # The toolkit may run from a checkout that is not installed, in another working folder.
     search = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]

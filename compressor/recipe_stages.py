@@ -115,7 +115,9 @@ class Training(BaseModel):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="Probability spread evenly over all classes.")
     clip_norm: float | None = Field(default=5.0, gt=0, description="Largest norm of the gradient; null = not clipped.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="Arithmetic; auto = bfloat16 autocast where the processor computes in it."
+        default="auto",
+        description="Arithmetic; auto = bfloat16 autocast where the processor has units for it and a step of it was "
+        "measured to take less time than one of float32.",
     )
     ema: Ratio | None = Field(default=None, description="Decay of a moving average of the weights; null = none.")
     patience: int | None = Field(

@@ -13,8 +13,10 @@ from compressor.errors import CompressorError
 from compressor.memory import measure_memory, resident_bytes
 
 
-def retrain(run: Path, stage_folder: Path, index: int, steps: int) -> dict[str, int]:
+def retrain(run: Path, stage_folder: Path, index: int, steps: int, precision: str) -> dict[str, int]:
     """Train the network of a finished stage for a few steps with the options of `stages[index]`.
+
+    `precision` is what `auto` means in that run.
 
     Returns:
         Resident bytes: `floor_bytes` with torch imported and nothing loaded, `average_bytes` and `peak_bytes`.
@@ -38,7 +40,7 @@ def retrain(run: Path, stage_folder: Path, index: int, steps: int) -> dict[str, 
     torch.manual_seed(recipe.seed)
     data = load_dataset(spec=spec, cache=cache_dir() / "data", seed=recipe.seed, **recipe.data.model_dump())
     network = load_network(stage_folder)
-    options = loop_options(stage) | {"epochs": None, "steps": steps, "patience": None}
+    options = loop_options(stage, precision) | {"epochs": None, "steps": steps, "patience": None}
     with (
         measure_memory() as memory,
         freezing_as_told(network.module, stage, where=f"stages[{index}]", folder=cache_dir()) as frozen,
@@ -58,6 +60,7 @@ def retrain(run: Path, stage_folder: Path, index: int, steps: int) -> dict[str, 
 if __name__ == "__main__":
     logging.disable(logging.CRITICAL)
     try:
-        print(json.dumps(retrain(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))))
+        run, stage_folder, index, steps, precision = sys.argv[1:]
+        print(json.dumps(retrain(Path(run), Path(stage_folder), int(index), int(steps), precision)))
     except CompressorError as error:
         sys.exit(str(error))

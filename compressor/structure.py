@@ -287,7 +287,8 @@ def drop_blocks_stage(
 def _measured_loss(stage: spec.DropBlocks, context: Context, assignment: Assignment) -> Callable[[nn.Module], float]:
     """Cross-entropy on validation, or distillation loss on training images; the same images every time."""
     data, device = context.data, context.device
-    dtype = choose_precision("auto", device)  # candidates are compared with each other, so bf16's rounding is harmless
+    # Candidates are compared with each other, so bf16's rounding is harmless.
+    dtype = choose_precision(context.precision, device)
     if stage.metric == "val_loss":
         chosen = calibration_indices(data.val, stage.metric_images, assignment.seed)
         part = Split(data.val.images[chosen], data.val.labels[chosen], tuple(data.val.names[i] for i in chosen))

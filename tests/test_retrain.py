@@ -32,7 +32,7 @@ def test_retraining_is_measured_and_writes_nothing(
     text = (run / "report.json").read_text()
     assert [text.count(str(value)) for value in figures.values()] == [1, 1, 1], "each figure has one place"
     before = contents(tmp_path)
-    measured = retrain(run, run / "stages" / "02-finetune", 2, 3)
+    measured = retrain(run, run / "stages" / "02-finetune", 2, 3, "auto")
     assert measured.keys() == {"floor_bytes", "average_bytes", "peak_bytes"}
     assert 0 < measured["average_bytes"] <= measured["peak_bytes"]
     assert 0 < measured["floor_bytes"] <= measured["peak_bytes"]
@@ -62,14 +62,14 @@ def test_what_is_retrained_is_the_slim_network(
     done = subprocess.CompletedProcess([], 0, "{}", "")
     monkeypatch.setattr(proof.subprocess, "run", lambda command, **_: seen.append(command) or done)
     proof._retrain_memory(context, recipe, [{"type": stage.type} for stage in recipe.stages])
-    assert seen[0][-3:-1] == [str(tmp_path / "stages" / slim), str(options)]
+    assert seen[0][-4:-2] == [str(tmp_path / "stages" / slim), str(options)]
 
 
 @pytest.fixture
 def asked(tiny_images: Path, tmp_path: Path) -> tuple[Context, Recipe, list[dict[str, str]]]:
     """What a run with two finetunes asks to have measured."""
     recipe = Recipe.model_validate(tiny_recipe(tiny_images, SHORT, PRUNE, SHORT, QUANTIZE))
-    context = Context(torch.zeros(1, 3, 48, 48), None, "cpu", tmp_path / "run.partial")  # type: ignore[arg-type]
+    context = Context(torch.zeros(1, 3, 48, 48), None, "cpu", tmp_path / "run.partial", "bfloat16")  # type: ignore[arg-type]
     return context, recipe, [{"type": stage.type} for stage in recipe.stages]
 
 
@@ -92,7 +92,8 @@ def test_the_last_finetune_is_measured_by_a_child_that_finds_the_toolkit_from_an
 
     monkeypatch.setattr(proof.subprocess, "run", lambda *a, **k: real(*a, **k) if "-c" in a[0] else run(*a, **k))
     assert proof._retrain_memory(*asked) == {"peak_bytes": 7}
-    assert seen[0][-4:] == [str(tmp_path / "run.partial"), str(tmp_path / "run.partial/stages/02-finetune"), "2", "12"]
+    folder = tmp_path / "run.partial"
+    assert seen[0][-5:] == [str(folder), str(folder / "stages/02-finetune"), "2", "12", "bfloat16"]
 
 
 real = subprocess.run
@@ -140,7 +141,7 @@ def test_a_whole_run_stays_on_this_machine_and_in_its_folders(tmp_path: Path) ->
     # The real child builds the real Xception, which these weights do not fit; so here is one that can.
     before = contents(out)
     child = [str(REPOSITORY / "tests" / "tiny_retrain.py"), str(out / "run"), str(out / "run/stages/02-finetune")]
-    seen = run_watched([*child, "2", "2"], [cache, temporary], places, cwd=tmp_path)
+    seen = run_watched([*child, "2", "2", "auto"], [cache, temporary], places, cwd=tmp_path)
     assert seen.returncode == 0, seen.stderr
     assert json.loads(seen.stdout)["peak_bytes"] > 0
     assert seen.sockets == ()
