@@ -52,13 +52,12 @@ def fake_quantize(x: Tensor, low: Tensor, span: Tensor, levels: int) -> Tensor:
         return torch.empty_like(x, dtype=rounded.dtype).copy_(rounded.transpose(0, axis))
     kind = x.device.type
     out = torch.empty_like(x, dtype=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
-    step = span.reshape(-1, 1) / (levels - 1)
-    first = torch.round(low.reshape(-1, 1) / step)  # an integer multiple of the step, so that zero is on the grid
+    first, step = _grid(low.reshape(-1, 1), span.reshape(-1, 1), levels)
+    inverse, scale = _factor(step.reciprocal()), _factor(step)
     clamp = _clamp_to(first, first + (levels - 1))
-    inverse = step.reciprocal()
-    for rows, (x_piece, out_piece) in _pieces(low.numel(), x, out):
-        values = x_piece.to(low.dtype, copy=True).mul_(inverse[rows]).round_()
-        out_piece.copy_(clamp(values, rows).mul_(step[rows]))
+    for rows, (x_piece, out_piece), (values,) in _pieces(low, 1, x, out):
+        values.copy_(x_piece).mul_(inverse(rows)).round_()
+        out_piece.copy_(clamp(values, rows).mul_(scale(rows)))
     return out
 
 
@@ -70,12 +69,12 @@ def fake_quantize_gradients(
     span: Tensor,
     level_low: int,
     level_high: int,
-    *,
-    by_low: bool = True,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Gradients by the input, by `low` (None unless asked for) and by `span` (for a symmetric quantiser: by its scale).
+    levels: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by the input, by `low` and by `span` (for a symmetric quantiser: by its scale).
 
     Straight-through inside the range, learned ranges in the manner of LSQ (arXiv 1902.08153), as NNCF has them.
+    Outside it `rounded` has one of two values, so that two sums over what was stopped there tell its two sides apart.
 
     Args:
         grad: By the result.
@@ -84,54 +83,81 @@ def fake_quantize_gradients(
     """
     if axis := _channel_axis(low):
         g, v, r, lowest, width = (_swapped(value, axis) for value in (grad, x, rounded, low, span))
-        found, found_low, found_span = fake_quantize_gradients(
-            g, v, r, lowest, width, level_low, level_high, by_low=by_low
-        )
+        found, found_low, found_span = fake_quantize_gradients(g, v, r, lowest, width, level_low, level_high, levels)
         grad_x = torch.empty_like(x).copy_(found.transpose(0, axis))
-        return grad_x, None if found_low is None else found_low.transpose(0, axis), found_span.transpose(0, axis)
+        return grad_x, found_low.transpose(0, axis), found_span.transpose(0, axis)
     shape = low.shape
     low, span = low.reshape(-1, 1), span.reshape(-1, 1)
-    high = low + span
     grad_x = torch.empty_like(x)
     if grad.stride() != x.stride():
         grad = torch.empty_like(x).copy_(grad)
-    within, beyond = _within(low, high), _within(high, None)
-    outside, inside, above = (torch.zeros_like(low) for _ in range(3))  # sums over each row
-    for rows, (grad_piece, x_piece, rounded_piece, grad_x_piece) in _pieces(low.numel(), grad, x, rounded, grad_x):
-        values, upstream = x_piece.to(low.dtype), grad_piece.to(low.dtype)
-        passed = within(upstream, values, rows)
+    within, dot = _within(low, low + span), _dot_of_rows if low.numel() > 1 else _dot
+    sums: list[Tensor] = []  # of each row, or of each part of the only one: what is stopped, its ends, what is inside
+    for rows, pieces, (values, upstream, passed, result) in _pieces(low, 4, grad, x, rounded, grad_x):
+        grad_piece, x_piece, rounded_piece, grad_x_piece = pieces
+        within(upstream.copy_(grad_piece), values.copy_(x_piece), rows, passed)
         grad_x_piece.copy_(passed)
-        if by_low or level_low:
-            outside[rows] += upstream.sum(1, keepdim=True) - passed.sum(1, keepdim=True)
-        above[rows] += beyond(upstream, values, rows).sum(1, keepdim=True)
-        inside[rows] += torch.sub(rounded_piece, values).mul_(passed).sum(1, keepdim=True)
+        stopped, difference = upstream.sub_(passed), torch.sub(result.copy_(rounded_piece), values, out=values)
+        sums.append(torch.cat([stopped.sum(1, keepdim=True), dot(stopped, result), dot(passed, difference)], 1))
+    outside, ends, inside = torch.cat(sums).view(low.numel(), -1, 3).sum(1, keepdim=True).unbind(2)
+    first, step = _grid(low, span, levels)
+    least, most = ((end * step).to(rounded.dtype).to(low.dtype) for end in (first, first + (levels - 1)))
+    above = (ends - least * outside) / (most - least)
     grad_span = inside / span + above + (outside - above) * (level_low / level_high)
-    return grad_x, outside.reshape(shape) if by_low else None, grad_span.reshape(shape)
+    return grad_x, outside.reshape(shape), grad_span.reshape(shape)
+
+
+def _grid(low: Tensor, span: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """First of the steps, an integer so that zero is on the grid, and their size."""
+    step = span / (levels - 1)
+    return torch.round(low / step), step
+
+
+def _factor(value: Tensor) -> Callable[[slice], Tensor | float]:
+    """What rows are multiplied by: a number costs less than a tensor of one."""
+    if _one_range(value):
+        number = value.item()
+        return lambda rows: number
+    return lambda rows: value[rows]
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of the products of two (1, K), as (1, 1)."""
+    return torch.dot(a.view(-1), b.view(-1)).reshape(1, 1)
+
+
+def _dot_of_rows(a: Tensor, b: Tensor) -> Tensor:
+    """Sums of the products along the rows of two (R, K), as (R, 1); overwrites `b`."""
+    return b.mul_(a).sum(1, keepdim=True)
 
 
 def _clamp_to(low: Tensor, high: Tensor) -> Callable[[Tensor, slice], Tensor]:
     """In-place clamp of rows, (R, K), to ranges (R, 1).
 
-    With tensors as bounds `clamp_` is not vectorised on CPUs (torch 2.13); with numbers it is.
+    With tensors as bounds `clamp_` is not vectorised on CPUs (torch 2.13); with numbers it is. The rows of a symmetric
+    quantiser share their bounds, counted in steps.
     """
-    if _one_range(low):
-        least, most = low.item(), high.item()
+    if low.device.type == "cpu" and bool((low == low[0]).all() & (high == high[0]).all()):
+        least, most = low[0].item(), high[0].item()
         return lambda values, rows: values.clamp_(least, most)
     return lambda values, rows: torch.minimum(torch.maximum(values, low[rows], out=values), high[rows], out=values)
 
 
-def _within(low: Tensor, high: Tensor | None) -> Callable[[Tensor, Tensor, slice], Tensor]:
-    """What passes rows of `upstream` where `low <= values <= high`, or without `high` where `values > low`; else 0."""
+def _within(low: Tensor, high: Tensor) -> Callable[[Tensor, Tensor, slice, Tensor], Tensor]:
+    """Writes to its last argument what passes of the rows of `upstream`: where `low <= values <= high`, else 0."""
+    operation = torch.ops.aten.hardtanh_backward.grad_input  # which leaves its bounds out
+    infinity = torch.full_like(low, torch.inf)
     if _one_range(low):
-        infinity = torch.full_like(low, torch.inf)
-        # The fused operation leaves its bounds out.
-        least = low.item() if high is None else torch.nextafter(low, -infinity).item()
-        most = torch.inf if high is None else torch.nextafter(high, infinity).item()
-        return lambda upstream, values, rows: torch.ops.aten.hardtanh_backward(upstream, values, least, most)
-    if high is None:
-        return lambda upstream, values, rows: torch.gt(values, low[rows], out=torch.empty_like(values)).mul_(upstream)
+        least, most = torch.nextafter(low, -infinity).item(), torch.nextafter(high, infinity).item()
+        return lambda upstream, values, rows, out: operation(upstream, values, least, most, grad_input=out)
+    if low.device.type == "cpu" and torch.equal(low, -high):
+        beyond_one = torch.nextafter(torch.ones((), dtype=low.dtype), infinity.view(-1)[0]).item()
+        # The quotient is at most one, rounded, where the dividend is at most the divisor: the fused operation again.
+        return lambda upstream, values, rows, out: operation(
+            upstream, torch.div(values, high[rows], out=out), -beyond_one, beyond_one, grad_input=out
+        )
     clamp = _clamp_to(low, high)
-    return lambda upstream, values, rows: clamp(values.clone(), rows).eq_(values).mul_(upstream)
+    return lambda upstream, values, rows, out: clamp(out.copy_(values), rows).eq_(values).mul_(upstream)
 
 
 def _one_range(low: Tensor) -> bool:
@@ -148,22 +174,27 @@ def _swapped(x: Tensor, axis: int) -> Tensor:
     return x.transpose(0, axis).contiguous()
 
 
-def _pieces(rows: int, *tensors: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+def _pieces(low: Tensor, scratch: int, *tensors: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...], list[Tensor]]]:
     """Cut tensors of one shape and memory layout into (R, K) views that stay in a core's cache from pass to pass.
 
     Args:
-        rows: 1, or the size of the first dimension, where each has a range of its own.
+        low: Of one value, or of as many as the first dimension of `tensors`, whose indices have a range each.
+        scratch: How many tensors to work in are wanted, of the dtype of `low`; the same memory for every piece.
 
     Yields:
-        Which rows, and those rows (or a part of the only one) of every tensor.
+        Which rows; those rows (or a part of the only one) of every tensor; the scratch tensors, of the same shape.
     """
-    flat = [_in_memory_order(tensor).view(rows, -1) for tensor in tensors]
+    count = low.numel()
+    flat = [_in_memory_order(tensor).view(count, -1) for tensor in tensors]
     width = flat[0].shape[1]
-    height = max(1, PIECE // width)  # rows of a piece
-    size, axis = (PIECE, 1) if rows == 1 else (height, 0)
+    height = -(-count // -(-count * width // PIECE))  # rows of a piece, as even as can be
+    size, axis = (PIECE, 1) if count == 1 else (height, 0)
     cut = [view.split(size, axis) for view in flat]  # type: ignore[no-untyped-call]
+    work = [torch.empty_like(cut[0][0], dtype=low.dtype) for _ in range(scratch)]
     for start, pieces in zip(itertools.count(0, height), zip(*cut, strict=True)):
-        yield slice(None) if rows == 1 else slice(start, start + height), pieces
+        if pieces[0].shape != work[0].shape:  # the last
+            work = [values.view(-1)[: pieces[0].numel()].view(pieces[0].shape) for values in work]
+        yield slice(None) if count == 1 else slice(start, start + height), pieces, work
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -184,13 +215,13 @@ class SymmetricQuantize(torch.autograd.Function):
         x, low = _dense(x), scale * (level_low / level_high)
         rounded = fake_quantize(x, low, scale - low, levels)
         ctx.save_for_backward(x, rounded, low, scale - low)
-        ctx.levels = (level_low, level_high)
+        ctx.levels = (level_low, level_high, levels)
         return rounded
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         """Gradients by the input and the scale."""
-        grad_x, _, grad_scale = fake_quantize_gradients(grads[0], *ctx.saved_tensors, *ctx.levels, by_low=False)
+        grad_x, _, grad_scale = fake_quantize_gradients(grads[0], *ctx.saved_tensors, *ctx.levels)
         return grad_x, grad_scale, None, None, None
 
 
@@ -203,7 +234,7 @@ class AsymmetricQuantize(torch.autograd.Function):
         x = _dense(x)
         rounded = fake_quantize(x, low, span, levels)
         ctx.save_for_backward(x, rounded, low, span)
-        ctx.levels = (level_low, level_high)
+        ctx.levels = (level_low, level_high, levels)
         return rounded
 
     @staticmethod

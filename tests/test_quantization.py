@@ -240,7 +240,9 @@ def test_kernels_equal_nncf_reference(low: Tensor, span: Tensor, level_low: int,
     expected = torch.from_numpy(reference.forward(*(a.copy() for a in arrays), levels))
     # Both round to the nearest of the same levels; exact ties may go either way.
     assert ((out - expected).abs() > 1e-5).float().mean() < 0.01
-    grads = fake_quantize_gradients(grad, x, fake_quantize(x, low, span, levels), low, span, level_low, level_high)
+    grads = fake_quantize_gradients(
+        grad, x, fake_quantize(x, low, span, levels), low, span, level_low, level_high, levels
+    )
     wanted = reference.backward(grad.numpy().copy(), *(a.copy() for a in arrays), levels, level_low, level_high)
     for got, want in zip(grads, wanted, strict=True):
         torch.testing.assert_close(got, torch.as_tensor(want).reshape(got.shape), rtol=1e-3, atol=2e-2)
@@ -254,10 +256,10 @@ def test_kernels_do_not_depend_on_the_pieces(
     x, grad = (torch.randn(8, 5, 3, 7).contiguous(memory_format=layout) for _ in range(2))
     low, span = -torch.rand(ranges, 1, 1, 1) - 0.1, torch.rand(ranges, 1, 1, 1) + 0.5
     rounded = fake_quantize(x, low, span, 256)
-    whole = (rounded, *fake_quantize_gradients(grad, x, rounded, low, span, 0, 255))
+    whole = (rounded, *fake_quantize_gradients(grad, x, rounded, low, span, 0, 255, 256))
     monkeypatch.setattr(compressor.fake_quantize, "PIECE", 13)
     rounded = fake_quantize(x, low, span, 256)
-    pieces = (rounded, *fake_quantize_gradients(grad, x, rounded, low, span, 0, 255))
+    pieces = (rounded, *fake_quantize_gradients(grad, x, rounded, low, span, 0, 255, 256))
     for got, want in zip(pieces, whole, strict=True):
         assert got.stride() == want.stride()
         torch.testing.assert_close(got, want)
