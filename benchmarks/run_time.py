@@ -2,10 +2,11 @@
 
     python benchmarks/run_time.py [benchmarks/run_time.json] [--recipe recipes/xception_slim.yaml] [--set PATH=VALUE]
 
-Runs the recipe as a user would, in a fresh process with an empty cache, and takes its report apart. Useful are steps of
-training with the teacher's answers, validation, what `prune`, `drop_blocks`, `quantize` and their like compute, export,
-parity, accuracy, latency and the memory of retraining. All the rest of the wall clock is overhead: starting Python and
-loading libraries, preparing data and weights, feeding batches, copies of weights, files, what nobody timed.
+Runs the recipe as a user would, in a fresh process with an empty cache, and takes its report apart. Useful are finding
+the faster precision, steps of training with the teacher's answers, validation, what `prune`, `drop_blocks`, `quantize`
+and their like compute, export, parity, accuracy, latency and the memory of retraining. All the rest of the wall clock
+is overhead: starting Python and loading libraries, preparing data and weights, feeding batches, copies of weights,
+files, what nobody timed.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from measuring import keep
 from compressor.report import Report, read_report
 
 ROOT = Path(__file__).resolve().parents[1]
-USEFUL_PROOF = ("export", "parity", "accuracy", "benchmark", "retraining memory")
+USEFUL_RUN = ("training precision", "export", "parity", "accuracy", "benchmark", "retraining memory")
 USEFUL_TRAINING = ("teacher", "step", "validation")
 
 
@@ -40,7 +41,7 @@ def accounts(report: Report, wall: float) -> dict[str, Any]:
         rest = stage["seconds"] - sum(sum(training["time"].values()) for training in trainings)
         account, key = (overhead, "around training") if stage["type"] == "finetune" else (useful, stage["type"])
         account[key] = account.get(key, 0.0) + rest
-    useful |= {name: report.timing[name] for name in USEFUL_PROOF}
+    useful |= {name: report.timing[name] for name in USEFUL_RUN}
     overhead["start, end and untimed"] = wall - sum(useful.values()) - sum(overhead.values())
     return {
         "wall_s": wall,

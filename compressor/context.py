@@ -57,6 +57,7 @@ class Work:
     quantizer: dict[str, Any] | None = None
     memory: MemoryUse | None = None
     train_time_s: float | None = None
+    val_accuracy: float | None = None  # of the network the stage leaves, where its training measured that
 
 
 @contextmanager

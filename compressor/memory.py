@@ -1,10 +1,13 @@
 """Resident memory of this process while something runs: maximum and time-weighted mean.
 
 Invariant: the maximum is the kernel's own (`VmHWM`, reset at the start) wherever it can be reset, so no spike between
-two samples is lost.
+two samples is lost; and what was freed before the start is not counted, wherever the allocator can give it back.
 """
 
+import ctypes
+import gc
 import itertools
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -52,9 +55,18 @@ def reset_high_water() -> bool:
     return True
 
 
+def give_back_freed() -> None:
+    """Return to the kernel what was freed and is still resident: glibc keeps it, and it would pass for use."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+
+
 @contextmanager
 def measure_memory() -> Iterator[MemoryUse]:
     """Measure the block's resident memory; read the yielded value after the block."""
+    give_back_freed()
     use = MemoryUse(floor_bytes=resident_bytes())
     was_reset = reset_high_water()
     process, done = psutil.Process(), threading.Event()

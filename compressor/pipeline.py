@@ -91,8 +91,7 @@ def compress(
         run = run.resolve()
     with open_partial(run, tree, resume=resume, force=force) as partial, log_file(partial / "run.log"):
         clock = Clock()
-        with clock("prepare"):
-            state, network = _prepare(tree, partial, _device(device), clock)
+        state, network = _prepare(tree, partial, _device(device), clock)
         networks = _run_stages(state, network)
         report = prove(
             state.context,
@@ -120,28 +119,30 @@ def _read_recipe(recipe: str | Path | Recipe, overrides: Sequence[str]) -> tuple
 
 def _prepare(recipe: Recipe, partial: Path, device: str, clock: Clock) -> tuple[_Run, Network]:
     """Load data and weights: everything that can be found wrong before a stage starts."""
-    spec = input_spec(recipe)
-    data = _load_data(recipe, spec)
-    torch.manual_seed(recipe.seed)
-    module = build(recipe.model.source, recipe.model.name, recipe.model.args, len(data.labels))
-    _initialise_head(module, HEADS[recipe.model.name], recipe.seed)
-    weights = load_weights(
-        module,
-        name=recipe.model.name,
-        weights=recipe.model.weights,
-        download=recipe.model.weights_download,
-        fallback=recipe.model.weights_fallback,
-    )
-    if not leading_finetunes(recipe) and not weights.head_loaded:
-        _refuse_untrained_baseline(recipe, weights)
-    check_scopes(module, recipe.stages)
-    architecture = {
-        "source": recipe.model.source,
-        "name": recipe.model.name,
-        "args": dict(recipe.model.args),
-        "num_classes": len(data.labels),
-    }
-    precision = _training_precision(recipe, module, architecture, data, device)
+    with clock("prepare"):
+        spec = input_spec(recipe)
+        data = _load_data(recipe, spec)
+        torch.manual_seed(recipe.seed)
+        module = build(recipe.model.source, recipe.model.name, recipe.model.args, len(data.labels))
+        _initialise_head(module, HEADS[recipe.model.name], recipe.seed)
+        weights = load_weights(
+            module,
+            name=recipe.model.name,
+            weights=recipe.model.weights,
+            download=recipe.model.weights_download,
+            fallback=recipe.model.weights_fallback,
+        )
+        if not leading_finetunes(recipe) and not weights.head_loaded:
+            _refuse_untrained_baseline(recipe, weights)
+        check_scopes(module, recipe.stages)
+        architecture = {
+            "source": recipe.model.source,
+            "name": recipe.model.name,
+            "args": dict(recipe.model.args),
+            "num_classes": len(data.labels),
+        }
+    with clock("training precision"):
+        precision = _training_precision(recipe, module, architecture, data, device)
     example = to_input(data.train.images[:1], spec, "cpu")
     state = _Run(recipe, partial, Context(example, data, device, partial, precision.chosen), weights, precision, clock)
     state.notes += [*data.notes, *weights.notes]

@@ -110,7 +110,9 @@ def _signature(module: nn.Module, example: Tensor) -> tuple[tuple[int, ...], str
 def _footprint(network: Network, context: Context, work: Work) -> Footprint:
     """Counts, validation accuracy and training cost of a stage."""
     counts = count(network.module, context.example)
-    accuracy, _ = evaluate(network.module, context.data.val, context.data.spec, device=context.device)
+    accuracy = work.val_accuracy
+    if accuracy is None:
+        accuracy, _ = evaluate(network.module, context.data.val, context.data.spec, device=context.device)
     memory = work.memory
     return Footprint(
         params=counts.params,
@@ -125,7 +127,7 @@ def _footprint(network: Network, context: Context, work: Work) -> Footprint:
 def _finetune(module: nn.Module, stage: spec.Finetune, context: Context, assignment: Assignment, work: Work) -> None:
     with measure_memory() as memory:
         result = train(module, stage, context, assignment)
-    work.memory, work.train_time_s = memory, result.seconds
+    work.memory, work.train_time_s, work.val_accuracy = memory, result.seconds, result.val_accuracy
     work.details = dataclasses.asdict(result)
     work.notes += result.frozen["notes"] if result.frozen else []
 

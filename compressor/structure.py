@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from compressor import recipe as spec
 from compressor.context import Assignment, Context, Work, located, recovery, resolve_freeze
-from compressor.data import Split, calibration_indices
+from compressor.data import calibration_indices
 from compressor.data.batches import to_input
 from compressor.errors import RecipeError
 from compressor.inference import choose_precision, evaluate, predict, reestimate_batchnorm
@@ -290,8 +290,7 @@ def _measured_loss(stage: spec.DropBlocks, context: Context, assignment: Assignm
     # Candidates are compared with each other, so bf16's rounding is harmless.
     dtype = choose_precision(context.precision, device)
     if stage.metric == "val_loss":
-        chosen = calibration_indices(data.val, stage.metric_images, assignment.seed)
-        part = Split(data.val.images[chosen], data.val.labels[chosen], tuple(data.val.names[i] for i in chosen))
+        part = data.val.take(calibration_indices(data.val, stage.metric_images, assignment.seed))
         return lambda network: evaluate(network, part, data.spec, device=device, dtype=dtype)[1]
     assert assignment.teacher is not None, "the recipe validator demands a baseline before distillation"
     images = data.train.images[calibration_indices(data.train, stage.metric_images, assignment.seed)]

@@ -208,13 +208,14 @@ def finetune(
 
     result = TrainingResult(precision=str(dtype).removeprefix("torch."))
     good = snapshot(module)
-    result.start_accuracy, loss_at_start = evaluate(
-        feed.trained, val, spec, device=device, dtype=dtype, features=feed.val_features
-    )
+    clock = Clock()
+    with clock("validation"):
+        result.start_accuracy, loss_at_start = evaluate(
+            feed.trained, val, spec, device=device, dtype=dtype, features=feed.val_features
+        )
     if math.isfinite(loss_at_start):
         result.val_accuracy, result.val_loss = result.start_accuracy, loss_at_start
     chance = math.log(max(2, _classes(module, train, spec, device)))
-    clock = Clock()
     for epoch in range(epochs):
         train_mode(module, frozen.layers)
         losses: list[float] = []

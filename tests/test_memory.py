@@ -1,5 +1,6 @@
 """Resident memory: a spike is seen, the mean is weighted by time."""
 
+import platform
 import time
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressor.memory import MemoryUse, joined, measure_memory, time_weighted_mean
+from compressor.memory import MemoryUse, joined, measure_memory, resident_bytes, time_weighted_mean
 
 
 def test_short_spike_between_samples_is_in_the_peak() -> None:
@@ -25,6 +26,18 @@ def test_later_measurement_forgets_an_earlier_peak() -> None:
         time.sleep(0.12)
     assert second.peak_bytes < first.peak_bytes - 150e6
     assert len(second.samples) >= 3
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is asked to give memory back")
+def test_what_was_freed_before_is_not_counted() -> None:
+    blocks = [bytearray(b"1" * 60_000) for _ in range(4000)]  # 240 MB, each below what the allocator maps alone
+    last = blocks[-1]  # keeps the heap from shrinking by itself
+    before = resident_bytes()
+    del blocks
+    with measure_memory() as use:
+        pass
+    assert use.floor_bytes < before - 150e6
+    assert len(last) == 60_000
 
 
 def test_mean_is_weighted_by_time() -> None:

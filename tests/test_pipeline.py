@@ -148,7 +148,7 @@ def test_the_time_of_a_run_is_accounted_for(finished: Finished) -> None:
     total = timing.pop("total")
     names = [f"stages[{stage['index']}] {stage['type']}" for stage in finished.report.stages]
     proof = ["export", "parity", "accuracy", "benchmark", "retraining memory"]
-    assert sorted(timing) == sorted(["prepare", *names, "keep stages", *proof])
+    assert sorted(timing) == sorted(["prepare", "training precision", *names, "keep stages", *proof])
     assert 0.9 * total - 0.5 <= sum(timing.values()) <= total
     for stage in finished.report.stages:
         if stage["type"] == "finetune":

@@ -3,6 +3,7 @@
 Invariant: `images[i]`, `labels[i]` and `names[i]` belong together, and images are at the network's size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,11 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def take(self, chosen: Sequence[int] | NDArray[np.int64]) -> "Split":
+        """Those images alone, in that order, copied into memory."""
+        rows = np.asarray(chosen, dtype=np.int64)
+        return Split(self.images[rows], self.labels[rows], tuple(self.names[i] for i in rows))
 
 
 @dataclass(frozen=True)
