@@ -305,6 +305,15 @@ def test_values_on_the_ends_of_a_range_are_inside_it() -> None:
         assert by_x.tolist() == [[0, 1, 1, 1, 0]]
 
 
+def test_values_on_the_ends_of_a_row_are_inside_it_and_the_next_beyond_are_not() -> None:
+    """A filter's largest weight lies on the end of its range; whether it passes is decided by a quotient."""
+    scale = torch.rand(5000, 1).mul_(20).sub_(10).exp_()
+    beyond = torch.nextafter(scale, torch.full_like(scale, torch.inf))
+    x = torch.cat([scale, -scale, beyond, -beyond], 1).requires_grad_()
+    (by_x,) = torch.autograd.grad(SymmetricQuantize.apply(x, scale, -127, 127, 255).sum(), x)
+    assert torch.equal(by_x, torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(5000, 4))
+
+
 def test_kernels_take_tensors_with_gaps() -> None:
     x = torch.randn(4, 6, 5, 5)[:, ::2].requires_grad_()
     out = AsymmetricQuantize.apply(x, torch.tensor([-1.0]), torch.tensor([2.0]), 0, 255, 256)
