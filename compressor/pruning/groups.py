@@ -78,18 +78,25 @@ def _apply_ignored(group: ChannelGroup, ignored: Collection[str]) -> ChannelGrou
 
 
 def _prove(module: nn.Module, example: Tensor, groups: Sequence[ChannelGroup]) -> set[str]:
-    """Return the names of those groups whose channels can be removed, in every pattern tried."""
+    """Return the names of those groups whose channels can be removed, in every pattern tried.
+
+    Where not all hold together, halves are tried, each beside what was proven before it: a few bad groups among many
+    take a few trials each.
+    """
     twin, x = randomised_twin(module, example)
     patterns = _patterns(groups)
-    if all(holds(twin, x, groups, keep) for keep in patterns):
-        return {group.name for group in groups}
-    proven: list[ChannelGroup] = []
-    for group in groups:
-        if all(holds(twin, x, [*proven, group], keep) for keep in patterns):
-            proven.append(group)
-        else:
-            _log.warning("%s: channels cannot be traced through the network; the group is not pruned", group.name)
-    return {group.name for group in proven}
+
+    def provable(asked: Sequence[ChannelGroup], proven: Sequence[ChannelGroup]) -> list[ChannelGroup]:
+        if all(holds(twin, x, [*proven, *asked], keep) for keep in patterns):
+            return list(asked)
+        if len(asked) == 1:
+            _log.warning("%s: channels cannot be traced through the network; the group is not pruned", asked[0].name)
+            return []
+        half = len(asked) // 2
+        first = provable(asked[:half], proven)
+        return first + provable(asked[half:], [*proven, *first])
+
+    return {group.name for group in (provable(groups, []) if groups else [])}
 
 
 def _patterns(groups: Sequence[ChannelGroup]) -> list[dict[str, list[int]]]:
