@@ -45,6 +45,7 @@ def main() -> int:
     parser.add_argument("output", type=Path, help="JSON file to write, after every training")
     parser.add_argument("--size", type=int, default=160, help="input side in pixels")
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--images-per-class", type=int, help="training images of a class at most (default: all)")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--seeds", type=int, default=3)
@@ -53,7 +54,17 @@ def main() -> int:
     precision = {"stock": "float32", "ours": "auto"}
     spec = InputSpec(height=args.size, width=args.size)
     cache = environment.cache_dir() / "data"
-    data = load_dataset(source=args.source, path=args.path, spec=spec, cache=cache, seed=0)
+    data = load_dataset(
+        source=args.source, path=args.path, spec=spec, cache=cache, seed=0, images_per_class=args.images_per_class
+    )
+    settings = {
+        "size": args.size,
+        "epochs": args.epochs,
+        "batch": args.batch,
+        "learning_rate": args.learning_rate,
+        "train_images": len(data.train.labels),
+        "test_images": len(data.test.labels),
+    }
     rows: list[dict[str, Any]] = []
     for seed in range(args.seeds):
         for name in kernels:
@@ -80,7 +91,7 @@ def main() -> int:
             row = {"kernels": name, "seed": seed, "before": result.start_accuracy, "after": last.val_accuracy}
             rows.append(row | {"loss": last.loss, "precision": result.precision, "seconds": round(last.seconds)})
             print(json.dumps(rows[-1]), flush=True)
-            write_json(args.output, {"mean": means(rows), "rows": rows, "environment": environment.describe()})
+            write_json(args.output, settings | {"mean": means(rows), "rows": rows, "environment": environment.describe()})
     return 0
 
 
