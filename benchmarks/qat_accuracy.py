@@ -6,7 +6,8 @@ Takes the float network of a finished stage, quantizes every layer of it, and tr
 one with NNCF's stock quantizers in float32, and one with ours in the precision `finetune` would choose here.
 
 Invariant: start, data, order of images and learning rate are the same for both; what is compared is the network after
-its last epoch, so nothing is chosen on the images it is scored on.
+its last epoch, scored in float32, as near to what is deployed as torch comes; nothing is chosen on the images it is
+scored on.
 """
 
 import argparse
@@ -18,13 +19,14 @@ from typing import Any
 import torch
 from qat_step import stock_kernels, use_kernels
 
-from compressor import environment
+from compressor import environment, training
 from compressor.artifacts import write_json
 from compressor.checkpoint import load_network
 from compressor.data import calibration_indices, load_dataset
 from compressor.data.batches import Augment, to_input
 from compressor.fake_quantize import KERNELS
 from compressor.folding import fold_batchnorm
+from compressor.inference import evaluate
 from compressor.preprocess import InputSpec
 from compressor.quantization import quantize
 from compressor.training import finetune
@@ -34,6 +36,11 @@ def means(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Accuracy after training, averaged over the seeds so far."""
     names = {row["kernels"] for row in rows}
     return {name: statistics.mean(row["after"] for row in rows if row["kernels"] == name) for name in sorted(names)}
+
+
+def evaluate_in_float32(*args: Any, **options: Any) -> tuple[float, float]:
+    """What `finetune` validates with, in float32 whatever it trains in."""
+    return evaluate(*args, **(options | {"dtype": torch.float32}))
 
 
 def main() -> int:
@@ -65,6 +72,7 @@ def main() -> int:
         "train_images": len(data.train.labels),
         "test_images": len(data.test.labels),
     }
+    training.evaluate = evaluate_in_float32
     rows: list[dict[str, Any]] = []
     for seed in range(args.seeds):
         for name in kernels:
@@ -91,7 +99,9 @@ def main() -> int:
             row = {"kernels": name, "seed": seed, "before": result.start_accuracy, "after": last.val_accuracy}
             rows.append(row | {"loss": last.loss, "precision": result.precision, "seconds": round(last.seconds)})
             print(json.dumps(rows[-1]), flush=True)
-            write_json(args.output, settings | {"mean": means(rows), "rows": rows, "environment": environment.describe()})
+            write_json(
+                args.output, settings | {"mean": means(rows), "rows": rows, "environment": environment.describe()}
+            )
     return 0
 
 
