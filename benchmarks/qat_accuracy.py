@@ -54,7 +54,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--images-per-class", type=int, help="training images of a class at most (default: all)")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=5e-5)
+    parser.add_argument("--learning-rate", type=float, default=2e-5)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     kernels = {"stock": stock_kernels(), "ours": KERNELS}
