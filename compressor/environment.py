@@ -11,7 +11,6 @@ from pathlib import Path
 
 PACKAGES = (
     "torch",
-    "torch-pruning",
     "nncf",
     "torchao",
     "openvino",

@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # None in sys.modules makes an import fail as if the package were not installed.
 WITHOUT = """
 import sys
-absent = "torch torch_pruning nncf onnx onnxruntime safetensors pydantic rich psutil yaml"
+absent = "torch nncf onnx onnxruntime safetensors pydantic rich psutil yaml"
 for name in absent.split():
     sys.modules[name] = None
 import functools

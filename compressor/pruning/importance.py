@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressor.errors import DataError, RecipeError, did_you_mean
-from compressor.pruning.coupling import ChannelGroup, Member
+from compressor.pruning.coupling import SIZES, ChannelGroup, Member
 
 Importance = Literal["magnitude", "taylor", "random"]
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -114,7 +114,7 @@ def _magnitude(module: nn.Module, group: ChannelGroup) -> Tensor:
     total = torch.zeros(group.channels, dtype=torch.float64)
     for member in group.members:
         layer = module.get_submodule(member.layer)
-        if not isinstance(getattr(layer, "weight", None), Tensor):
+        if member.kind.startswith(SIZES) or not isinstance(getattr(layer, "weight", None), Tensor):
             continue  # BatchNorm without affine parameters
         weight = layer.get_parameter("weight").detach().double()
         # Biases and BatchNorm shifts are left out: a large one puts a channel far from zero, it does not make it vary.
@@ -131,7 +131,7 @@ def _taylor(
     loss: LossFunction,
 ) -> dict[str, Tensor]:
     scores = {group.name: torch.zeros(group.channels, dtype=torch.float64) for group in groups}
-    names = sorted({m.layer for group in groups for m in group.members})
+    names = sorted({m.layer for group in groups for m in group.members if not m.kind.startswith(SIZES)})
     slots = [
         (name, tensor, parameter)
         for name in names
@@ -149,7 +149,7 @@ def _taylor(
                     products[name][tensor] = parameter.detach().double() * gradient.double()
             for group in groups:
                 for member in group.members:
-                    if "weight" in products[member.layer]:
+                    if not member.kind.startswith(SIZES) and "weight" in products[member.layer]:
                         rows = _slices(module.get_submodule(member.layer), member, products[member.layer])
                         change = torch.stack([row.reshape(len(row), -1).sum(1) for row in rows]).sum(0)
                         scores[group.name] += _per_decision(change, member).abs()

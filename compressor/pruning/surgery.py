@@ -4,14 +4,14 @@ Invariant: `shrink` and `mask` take the same decisions and give networks with eq
 whole package, and `groups.find_groups` runs it before it calls a group prunable.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from compressor.pruning.coupling import ChannelGroup, is_depthwise
-
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+from compressor.pruning.coupling import SIZES, ChannelGroup, is_depthwise
+from compressor.pruning.tracing import NORMS
 
 
 def removed_channels(
@@ -41,8 +41,13 @@ def removed_channels(
 def shrink(module: nn.Module, groups: Sequence[ChannelGroup], keep: Mapping[str, Sequence[int]]) -> None:
     """Cut the channels that are not kept out of every layer of their group, in place."""
     before = {name: _widths(layer) for name, layer in module.named_modules()}
+    done: set[tuple[str, str]] = set()  # attributes that follow the channels and are not to be guessed at again
     for (name, kind), gone in removed_channels(groups, keep).items():
         layer = module.get_submodule(name)
+        if kind.startswith(SIZES):
+            _shrink_sizes(layer, kind.removeprefix(SIZES), gone)
+            done.add((name, kind.removeprefix(SIZES)))
+            continue
         match layer, kind:
             case nn.Conv2d() | nn.Linear(), "out":
                 _shrink_out(layer, gone)
@@ -68,7 +73,7 @@ def shrink(module: nn.Module, groups: Sequence[ChannelGroup], keep: Mapping[str,
                 layer.num_parameters = len(rest)
             case _:
                 raise AssertionError(f"{name}: a {type(layer).__name__} cannot be the {kind} of a channel group")
-    _refresh_attributes(module, before)
+    _refresh_attributes(module, before, done)
 
 
 def mask(module: nn.Module, groups: Sequence[ChannelGroup], keep: Mapping[str, Sequence[int]]) -> None:
@@ -92,6 +97,17 @@ def mask(module: nn.Module, groups: Sequence[ChannelGroup], keep: Mapping[str, S
 
 def _rest(width: int, gone: set[int]) -> list[int]:
     return [index for index in range(width) if index not in gone]
+
+
+def _shrink_sizes(container: nn.Module, attribute: str, gone: set[int]) -> None:
+    """Put right the number, or numbers, at which a container splits an axis that has lost channels."""
+    kept = getattr(container, attribute)
+    if isinstance(kept, int):
+        setattr(container, attribute, kept - sum(index < kept for index in gone))
+        return
+    ends = list(itertools.accumulate(kept))
+    sizes = [size - sum(end - size <= index < end for index in gone) for size, end in zip(kept, ends, strict=True)]
+    setattr(container, attribute, type(kept)(sizes))
 
 
 def _shrink_out(layer: nn.Conv2d | nn.Linear, gone: set[int]) -> None:
@@ -124,7 +140,7 @@ def _widths(layer: nn.Module) -> tuple[int, int] | None:
         return layer.in_channels, layer.out_channels
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
-    if isinstance(layer, _NORMS):
+    if isinstance(layer, NORMS):
         return layer.num_features, layer.num_features
     return None
 
@@ -134,7 +150,9 @@ _REPEATED = {"in_channels": (0, 0), "in_chs": (0, 0), "out_channels": (-1, 1), "
 _FEATURES = ("num_features", "head_hidden_size")
 
 
-def _refresh_attributes(module: nn.Module, before: Mapping[str, tuple[int, int] | None]) -> None:
+def _refresh_attributes(
+    module: nn.Module, before: Mapping[str, tuple[int, int] | None], done: Collection[tuple[str, str]]
+) -> None:
     """Put right the widths that containers repeat (`num_features` of a network, `out_channels` of a block).
 
     An attribute is changed only if it held the old width of the layer that it describes: the first or last one inside
@@ -152,7 +170,8 @@ def _refresh_attributes(module: nn.Module, before: Mapping[str, tuple[int, int] 
         if not inner:
             continue
         for attribute, (which, side) in _REPEATED.items():
-            _refresh(container, attribute, inner[which][0][side], inner[which][1][side])
+            if (prefix, attribute) not in done:
+                _refresh(container, attribute, inner[which][0][side], inner[which][1][side])
         if linears and (old_head := before[linears[-1]]) is not None:
             head = module.get_submodule(linears[-1])
             assert isinstance(head, nn.Linear)
@@ -182,7 +201,7 @@ def kept_cost(module: nn.Module, macs: Mapping[str, int], removed: Mapping[tuple
     for name in {layer for layer, _ in removed}:
         layer = module.get_submodule(name)
         lost_in, lost_out = removed.get((name, "in"), 0), removed.get((name, "out"), 0)
-        if (width := _widths(layer)) is None or isinstance(layer, _NORMS):
+        if (width := _widths(layer)) is None or isinstance(layer, NORMS):
             gone = removed.get((name, "norm"), 0) + removed.get((name, "activation"), 0)
             total_params -= gone * sum(1 for parameter in layer.parameters())
             continue
