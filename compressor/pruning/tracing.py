@@ -33,66 +33,23 @@ PARAMETER = "a parameter outside the standard layers is coupled to it"
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # Operations that return (parts of) their first argument rearranged: they do to the labels what they do to the values.
-_MOVES = frozenset(
-    [
-        "alias",
-        "channel_shuffle",
-        "clone",
-        "contiguous",
-        "detach",
-        "diagonal",
-        "expand",
-        "flip",
-        "index",
-        "index_select",
-        "lift_fresh",
-        "movedim",
-        "native_channel_shuffle",
-        "permute",
-        "pixel_shuffle",
-        "pixel_unshuffle",
-        "repeat",
-        "roll",
-        "select",
-        "squeeze",
-        "t",
-        "transpose",
-        "unbind",
-        "unfold",
-        "unsqueeze",
-    ]
+_MOVES = _names(
+    "alias channel_shuffle clone contiguous detach diagonal expand flip index index_select lift_fresh "
+    "movedim native_channel_shuffle permute pixel_shuffle pixel_unshuffle repeat roll select squeeze t "
+    "transpose unbind unfold unsqueeze"
 )
-_VIEWS = frozenset(["view", "_unsafe_view", "reshape", "_reshape_alias"])
+_VIEWS = _names("view _unsafe_view reshape _reshape_alias")
 # Same shape, element by element; others are known by torch's own tag.
-_POINTWISE = frozenset(
-    [
-        "_to_copy",
-        "celu",
-        "dropout",
-        "elu",
-        "gelu",
-        "glu_backward",
-        "hardshrink",
-        "hardsigmoid",
-        "hardswish",
-        "hardtanh",
-        "leaky_relu",
-        "log_sigmoid",
-        "mish",
-        "native_dropout",
-        "prelu",
-        "relu",
-        "relu6",
-        "rrelu_with_noise",
-        "selu",
-        "silu",
-        "softplus",
-        "softshrink",
-        "sigmoid",
-        "tanh",
-        "threshold",
-    ]
+_POINTWISE = _names(
+    "_to_copy celu dropout elu gelu glu_backward hardshrink hardsigmoid hardswish hardtanh leaky_relu "
+    "log_sigmoid mish native_dropout prelu relu relu6 rrelu_with_noise selu silu softplus softshrink "
+    "sigmoid tanh threshold"
 )
 # Operations on windows of the positions of each channel by itself: (N, C, positions) to (N, C, other positions).
 _SPATIAL = (
@@ -108,28 +65,9 @@ _SPATIAL = (
     "_upsample_",
     "grid_sampler",
 )
-_REDUCTIONS = frozenset(
-    [
-        "mean",
-        "sum",
-        "amax",
-        "amin",
-        "max",
-        "min",
-        "prod",
-        "var",
-        "std",
-        "var_mean",
-        "std_mean",
-        "logsumexp",
-        "norm",
-        "linalg_vector_norm",
-    ]
-)
-_SOFTMAX = frozenset(["_softmax", "_log_softmax", "softmax", "log_softmax", "cumsum"])
-_CREATIONS = frozenset(
-    ["empty", "empty_like", "zeros", "zeros_like", "ones", "ones_like", "full", "full_like", "new_zeros", "new_ones"]
-)
+_REDUCTIONS = _names("mean sum amax amin max min prod var std var_mean std_mean logsumexp norm linalg_vector_norm")
+_SOFTMAX = _names("_softmax _log_softmax softmax log_softmax cumsum")
+_CREATIONS = _names("empty empty_like zeros zeros_like ones ones_like full full_like new_zeros new_ones")
 
 
 class Channels:
@@ -298,7 +236,8 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name in ("addmm", "mm", "linear"):
             return self._linear(name, args, result)
         if name in ("bmm", "baddbmm"):
-            return self._product(*args[-2:] if name == "bmm" else args[1:3], result)
+            a, b = args[-2:] if name == "bmm" else args[1:3]
+            return self._product(a, b, result)
         if name in ("native_batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit"):
             return [self._batchnorm(args), None, None]
         if name in ("prelu", "_prelu_kernel"):
