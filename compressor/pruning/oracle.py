@@ -3,6 +3,7 @@
 Invariant: the network asked about is never touched; trials run on a copy with random weights.
 """
 
+import contextlib
 import copy
 from collections.abc import Mapping, Sequence
 
@@ -23,6 +24,7 @@ def randomised_twin(module: nn.Module, example: Tensor) -> tuple[nn.Module, Tens
     generator = torch.Generator().manual_seed(0)
     twin = copy.deepcopy(module).eval()
     _randomise(twin, generator)
+    _normalise(twin, torch.randn((4, *example.shape[1:]), generator=generator).to(example), generator)
     return twin, torch.randn(example.shape, generator=generator).to(example)
 
 
@@ -78,8 +80,6 @@ def _randomise(module: nn.Module, generator: torch.Generator) -> None:
             if isinstance(layer, nn.modules.batchnorm._BatchNorm):
                 fill(layer.weight, 1, 0.5)
                 fill(layer.bias, 0, 0.5)
-                fill(layer.running_mean, 0, 0.2)
-                fill(layer.running_var, 1, 0.5)
             elif isinstance(layer, nn.Conv2d | nn.Linear):
                 fan_in = layer.weight[0].numel()
                 fill(layer.weight, 0, (6 / fan_in) ** 0.5)  # He's uniform initialisation keeps the signal's size
@@ -88,3 +88,33 @@ def _randomise(module: nn.Module, generator: torch.Generator) -> None:
                 # Scales of layers and of branches, which may start so close to zero that they hide what they scale.
                 for parameter in layer.parameters(recurse=False):
                     fill(parameter, 1, 0.5)
+
+
+def _normalise(twin: nn.Module, x: Tensor, generator: torch.Generator) -> None:
+    """Give every BatchNorm statistics near those of its input.
+
+    With any others a deep network amplifies, and its output is rounding errors.
+    """
+    norms = [
+        layer
+        for layer in twin.modules()
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None
+    ]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain average of what is seen
+        norm.train()
+    with torch.no_grad():
+        # A network that cannot be run in this mode keeps plain statistics: the oracle only gets less sharp.
+        with contextlib.suppress(RuntimeError, ValueError, IndexError, AssertionError, TypeError):
+            twin(x)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            spread = norm.running_var.clamp(min=1e-4)
+            draw = torch.rand((2, *spread.shape), generator=generator).to(spread)
+            norm.running_mean += (draw[0] - 0.5) * 0.4 * spread.sqrt()
+            norm.running_var.copy_(spread * (0.5 + draw[1]))
+            norm.momentum = momentum
+    twin.eval()

@@ -103,7 +103,7 @@ def _shrink_sizes(container: nn.Module, attribute: str, gone: set[int]) -> None:
     """Put right the number, or numbers, at which a container splits an axis that has lost channels."""
     kept = getattr(container, attribute)
     if isinstance(kept, int):
-        setattr(container, attribute, kept - sum(index < kept for index in gone))
+        setattr(container, attribute, kept - len(gone))
         return
     ends = list(itertools.accumulate(kept))
     sizes = [size - sum(end - size <= index < end for index in gone) for size, end in zip(kept, ends, strict=True)]

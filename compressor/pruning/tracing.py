@@ -268,9 +268,11 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             assert first is not None
             self._mixed(first, [args[1]])
             return first
-        if name in _REDUCTIONS and len(args) > 1:
+        if name in _REDUCTIONS:
             assert first is not None
-            return self._reduction(first, args[1], result)
+            # The norms take their order before the axes.
+            place = 2 if "norm" in name else 1
+            return self._reduction(first, args[place] if len(args) > place else kwargs.get("dim"), result)
         if name in _CREATIONS:
             return None
         if _is_pointwise(name, func):
@@ -479,17 +481,27 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return parts
 
     def _keep_sizes(self, labels: Tensor, axis: int, value: int | list[int]) -> None:
-        """Where a module that is running keeps `value`, or the whole width, it must follow the channels."""
-        for wanted in (value, labels.shape[axis]):
-            for where, layer in reversed(self._running):
-                names = [
-                    name for name, kept in vars(layer).items() if not name.startswith("_") and _holds(kept, wanted)
-                ]
-                if names:
-                    reads = self._per_channel(labels, axis)
-                    for name in names:
-                        self._channels.join_all(self._channels.number(where, f"sizes:{name}", len(reads)), reads)
-                    return
+        """Where a module that is running keeps what it splits at, or the whole width, that must follow the channels."""
+        width = labels.shape[axis]
+        if self._follow_attribute(labels, axis, value, 0, width if isinstance(value, list) else value):
+            return
+        if isinstance(value, list):
+            starts = [sum(value[:i]) for i in range(len(value))]
+            found = [self._follow_attribute(labels, axis, n, at, n) for at, n in zip(starts, value, strict=True)]
+            if any(found):
+                return
+        self._follow_attribute(labels, axis, width, 0, width)
+
+    def _follow_attribute(self, labels: Tensor, axis: int, value: int | list[int], start: int, count: int) -> bool:
+        """Couple attributes that equal `value` to the channels they count; False if there is none."""
+        for where, layer in reversed(self._running):
+            names = [name for name, kept in vars(layer).items() if not name.startswith("_") and _holds(kept, value)]
+            if names:
+                reads = self._per_channel(labels.narrow(axis, start, count), axis)
+                for name in names:
+                    self._channels.join_all(self._channels.number(where, f"sizes:{name}", count), reads)
+                return True
+        return False
 
     def _pad(self, labels: Tensor, pads: Sequence[int]) -> Tensor | None:
         if min(pads) < 0:
