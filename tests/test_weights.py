@@ -69,7 +69,7 @@ def written(path: Path, content: dict[str, Tensor]) -> Path:
 
 
 def load(network: nn.Module, weights: str | Path, **options: Any) -> module.WeightsReport:
-    return load_weights(network, name="xception", weights=str(weights), **options)
+    return load_weights(network, name="xception", weights=str(weights), head="fc", **options)
 
 
 def equal(first: nn.Module, second: nn.Module, prefix: str = "") -> bool:
