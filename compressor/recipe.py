@@ -71,6 +71,15 @@ _SIZE_SCHEMA = {"anyOf": [_SIDE_SCHEMA, {"type": "array", "items": _SIDE_SCHEMA,
 _SIZE_OR_NULL = {"anyOf": [*_SIZE_SCHEMA["anyOf"], {"type": "null"}]}
 
 
+BUILTIN_INPUT: Mapping[str, Any] = {
+    "size": DEFAULT_SIZE,
+    "resize": "pillow_bilinear",
+    "fit": "stretch",
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+}
+
+
 class ModelSection(BaseModel):
     """The network and where its weights come from."""
 
@@ -95,12 +104,10 @@ class ModelSection(BaseModel):
     weights: str = Field(
         default="imagenet",
         min_length=1,
-        description="imagenet (from local caches), none (random, or what a plugin's or custom network comes with: their "
-        "default), or a .safetensors or .pth file, relative to the current folder.",
+        description="imagenet (from local caches), none (random, or what a plugin's or custom network comes with: "
+        "their default), or a .safetensors or .pth file, relative to the current folder.",
     )
-    weights_download: bool = Field(
-        default=False, description="Ask the hub when no cache holds the ImageNet weights."
-    )
+    weights_download: bool = Field(default=False, description="Ask the hub when no cache holds the ImageNet weights.")
     weights_fallback: Literal["none"] | None = Field(
         default=None,
         description="none = train from random weights, announced loudly, where there are none; null = fail.",
@@ -121,9 +128,8 @@ class ModelSection(BaseModel):
             if self.name is None:
                 faults.append(("name", f"found nothing, needs {known}"))
             elif self.name not in MODEL_ARGS:
-                near = did_you_mean(self.name, MODEL_ARGS)
-                hint = f" of source builtin{near}; other networks: model.source timm, torchvision or plugin"
-                faults.append(("name", f"found {self.name!r:.60}, allowed {known}{hint}"))
+                near = did_you_mean(self.name, MODEL_ARGS) or "; others: model.source timm, torchvision or plugin"
+                faults.append(("name", f"found {self.name!r:.60}, allowed {known}{near}"))
             elif unknown := sorted(set(self.args) - MODEL_ARGS[self.name]):
                 allowed = ", ".join(sorted(MODEL_ARGS[self.name])) or f"no argument for {self.name}"
                 faults.append(("args", f"found {', '.join(unknown)}, allowed {allowed}"))
@@ -244,15 +250,6 @@ class InputSection(BaseModel):
     )
 
 
-BUILTIN_INPUT: Mapping[str, Any] = {
-    "size": DEFAULT_SIZE,
-    "resize": "pillow_bilinear",
-    "fit": "stretch",
-    "mean": (0.5, 0.5, 0.5),
-    "std": (0.5, 0.5, 0.5),
-}
-
-
 class ExportSection(BaseModel):
     """What is written and how it is proven equal."""
 
@@ -303,6 +300,18 @@ class Recipe(BaseModel):
     budget: Budget = Field(
         default=Budget(), description="What the result must meet; a miss fails the run after the report."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _input_of_the_builtin(cls, data: object) -> object:
+        if not isinstance(data, dict):
+            return data
+        model, given = data.get("model"), data.get("input", {})
+        source = model.get("source", "builtin") if isinstance(model, dict) else getattr(model, "source", None)
+        values = dict(given) if isinstance(given, dict | InputSection) else None
+        if source != "builtin" or values is None:
+            return data
+        return {**data, "input": {**BUILTIN_INPUT, **{key: v for key, v in values.items() if v is not None}}}
 
     @model_validator(mode="after")
     def _check(self) -> Self:

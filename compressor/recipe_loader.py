@@ -13,7 +13,7 @@ from typing import Any
 
 from compressor import strict_yaml
 from compressor.errors import RecipeError, did_you_mean
-from compressor.recipe import BUILTIN_INPUT, Recipe, custom_model, with_input
+from compressor.recipe import Recipe, custom_model
 from compressor.recipe_faults import found, validate
 from compressor.recipe_schema import json_schema, keys_at, schema_text
 from compressor.strict_yaml import KeyPath, format_path, parse_path
@@ -63,9 +63,7 @@ class _Sources:
         return f"{self.files[0]}:1"
 
 
-def load_recipe(
-    path: str | os.PathLike[str], overrides: Sequence[str] = (), *, own_model: str | None = None
-) -> Loaded:
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, own_model: str | None = None) -> Loaded:
     """Load, merge, override and validate a recipe.
 
     Args:
@@ -238,8 +236,6 @@ def _override(sources: _Sources, text: str) -> None:
 
 
 def _canonical(recipe: Recipe) -> dict[str, Any]:
-    if recipe.model.source == "builtin":  # the others' null keys are filled in by whoever builds the network
-        recipe = with_input(recipe, BUILTIN_INPUT)
     data = recipe.model_dump(mode="json", exclude={"extends"})
     data["stages"] = [{"type": stage["type"], **stage} for stage in data["stages"]]
     return data

@@ -5,7 +5,7 @@ recipe can be reported at once.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from compressor.strict_yaml import KeyPath
 
@@ -30,7 +30,7 @@ def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _is_integer(value: object) -> bool:
+def _is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -129,14 +129,15 @@ def _geometry(root: Mapping[str, Any], stages: list[Mapping[str, Any]]) -> Itera
     height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
     if not _is_integer(height) or not _is_integer(width):
         return
-    if builtin and 8 <= min(height, width) < SMALLEST_INPUT:
-        text = f"found {min(height, width)}, allowed an integer >= {SMALLEST_INPUT} for the built-in network"
+    shorter: int = min(height, width)
+    if builtin and 8 <= shorter < SMALLEST_INPUT:
+        text = f"found {shorter}, allowed an integer >= {SMALLEST_INPUT} for the built-in network"
         yield ("input", "size"), text
     for _, path, options in _trainings(stages):
         augment = _mapping(options.get("augment"))
         shift = augment.get("shift")
-        if _is_integer(shift) and shift >= min(height, width):
-            text = f"found {shift}, allowed less than the input's shorter side of {min(height, width)}"
+        if _is_integer(shift) and shift >= shorter:
+            text = f"found {shift}, allowed less than the input's shorter side of {shorter}"
             yield (*path, "augment", "shift"), text
         if augment.get("rotate90") is True and height != width:
             yield (*path, "augment", "rotate90"), f"found true, needs a square input.size, not [{height}, {width}]"

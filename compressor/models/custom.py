@@ -52,8 +52,8 @@ def own_network(model: nn.Module | Callable[[int], nn.Module] | Own) -> Own:
         return Own(f"{kind.__module__}.{kind.__qualname__}", lambda _classes: copy.deepcopy(given), given)
     if not callable(model):
         raise RecipeError(
-            f"compress(model=...): found {type(model).__name__}, needs an nn.Module, or a function that takes the number "
-            "of classes and returns one"
+            f"compress(model=...): found {type(model).__name__}, needs an nn.Module, or a function that takes the "
+            "number of classes and returns one"
         )
     module = getattr(model, "__module__", None) or type(model).__module__
     name = getattr(model, "__qualname__", None) or type(model).__qualname__
@@ -145,7 +145,9 @@ def tensors_digest(module: nn.Module) -> str:
 def identity(module: nn.Module) -> str:
     """sha256 of what a foreign network is: its modules, the source of its own classes, its tensors."""
     digest = hashlib.sha256(repr(module).encode())
-    for kind in sorted({type(layer) for layer in module.modules()}, key=lambda kind: (kind.__module__, kind.__qualname__)):
+    for kind in sorted(
+        {type(layer) for layer in module.modules()}, key=lambda kind: (kind.__module__, kind.__qualname__)
+    ):
         digest.update(f"{kind.__module__}.{kind.__qualname__}\0".encode())
         if kind.__module__.partition(".")[0] not in ("torch", "timm", "torchvision"):  # versions stand for those
             try:

@@ -103,7 +103,9 @@ def check_classes(seen: Look, classes: int, *, where: str) -> None:
     """
     if classes not in seen.widths:
         found = ", ".join(str(width) for width in seen.widths)
-        raise RecipeError(f"{where}: the network was asked for {classes} outputs, one for each class, and gives {found}")
+        raise RecipeError(
+            f"{where}: the network was asked for {classes} outputs, one for each class, and gives {found}"
+        )
 
 
 def initialise_head(module: nn.Module, head: str, seed: int) -> None:
@@ -134,7 +136,9 @@ def replace_head(module: nn.Module, seen: Look, classes: int) -> str:
         fresh = nn.Linear(layer.in_features, classes, bias=layer.bias is not None)
     else:
         assert isinstance(layer, nn.Conv2d)
-        fresh = nn.Conv2d(layer.in_channels, classes, 1, layer.stride, bias=layer.bias is not None)
+        fresh = nn.Conv2d(
+            layer.in_channels, classes, 1, (layer.stride[0], layer.stride[-1]), bias=layer.bias is not None
+        )
     module.set_submodule(head, fresh.train(layer.training))
     for stale in ("num_classes", "n_classes"):
         if isinstance(getattr(module, stale, None), int):

