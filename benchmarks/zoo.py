@@ -361,7 +361,8 @@ def format_row(row: Mapping[str, Any]) -> str:
     ratio = f"{row['macs'] / row['macs_before']:.2f}x" if row.get("macs") else "-"
     sqnr = "/".join("-" if row.get(key) is None else f"{row[key]:.0f}" for key in ("sqnr_onnx_db", "sqnr_ir_db"))
     name = f"{row['source']}/{row['name']}"
-    return f"{name:42} {row['family']:18} {row['status']:8} {ratio:>6} {sqnr:>7} dB {row['seconds']:6.0f} s  {row['reason']}"
+    head = f"{name:42} {row['family']:18} {row['status']:8}"
+    return f"{head} {ratio:>6} {sqnr:>7} dB {row['seconds']:6.0f} s  {row['reason']}"
 
 
 def main() -> int:

@@ -153,7 +153,7 @@ def to_planes(images: NDArray[np.uint8], spec: InputSpec) -> Tensor:
 
 
 def settle(module: nn.Module, x: Tensor) -> None:
-    """Fit BatchNorm's statistics to `x` (N, 3, H, W), and the classifier so that logits have unit variance, in place."""
+    """Fit BatchNorm's statistics to `x` (N, 3, H, W), and the classifier for logits of unit variance, in place."""
     norms = [layer for layer in module.modules() if isinstance(layer, _NORMS) and layer.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     module.eval()
