@@ -149,7 +149,8 @@ def photos(count: int, size: int, seed: int = 0) -> NDArray[np.uint8]:
 def to_planes(images: NDArray[np.uint8], spec: InputSpec) -> Tensor:
     """What the network takes, (N, 3, H, W)."""
     mean, std = (torch.tensor(values).reshape(1, 3, 1, 1) for values in (spec.mean, spec.std))
-    return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - mean) / std
+    planes = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()  # other layouts round differently
+    return (planes.float() / 255 - mean) / std
 
 
 def settle(module: nn.Module, x: Tensor) -> None:

@@ -31,12 +31,12 @@ from compressor.models.weights import WeightsReport, load_weights
 from compressor.precision import TrainingPrecision, faster_precision
 from compressor.preprocess import InputSpec
 from compressor.proof import Networks, prove
-from compressor.recipe import DropBlocks, Finetune, Quantize, Recipe, Stage, Training
+from compressor.recipe import DropBlocks, Finetune, Prune, Quantize, Recipe, Stage, Training
 from compressor.recipe_loader import load_recipe
 from compressor.report import Footprint, Report, write_report
 from compressor.run_folder import fresh_run_dir, log_file, open_partial, publish, remember_stage, stage_is_ready
 from compressor.stages import Outcome, not_finite, run_stage
-from compressor.structure import check_scopes
+from compressor.structure import check_scopes, measures_latency
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +144,14 @@ def _prepare(recipe: Recipe, partial: Path, device: str, clock: Clock) -> tuple[
     with clock("training precision"):
         precision = _training_precision(recipe, module, architecture, data, device)
     example = to_input(data.train.images[:1], spec, "cpu")
-    state = _Run(recipe, partial, Context(example, data, device, partial, precision.chosen), weights, precision, clock)
+    state = _Run(
+        recipe,
+        partial,
+        Context(example, data, device, partial, precision.chosen, recipe.benchmark.threads),
+        weights,
+        precision,
+        clock,
+    )
     state.notes += [*data.notes, *weights.notes]
     return state, Network(module, architecture, (), None, (3, spec.height, spec.width))
 
@@ -244,7 +251,9 @@ def _run_stages(state: _Run, network: Network) -> Networks:
     quantize_at = next((i for i, stage in enumerate(stages) if isinstance(stage, Quantize)), None)
     keys = [_first_key(state)]
     for stage in stages:
-        keys.append(_digest([keys[-1], stage.model_dump(mode="json")]))
+        # A latency found with one number of threads says nothing about another.
+        threads = [str(state.context.threads)] if isinstance(stage, Prune) and measures_latency(stage) else []
+        keys.append(_digest([keys[-1], stage.model_dump(mode="json"), *threads]))
     ready = 0
     while ready < len(stages) and stage_is_ready(_stage_folder(state, ready), keys[ready + 1]):
         ready += 1
