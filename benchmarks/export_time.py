@@ -46,7 +46,7 @@ def once(size: int, images: int, weights: Path | None) -> dict[str, Any]:
     labels = [f"class {index}" for index in range(101)]
     network = Xception(len(labels))
     if weights:
-        load_weights(network, name="xception", weights=str(weights))
+        load_weights(network, name="xception", weights=str(weights), head="fc")
     network.eval()
     fold_batchnorm(network, to_input(pictures[:1], spec, "cpu"))
     quantized, _ = quantize(network, [to_input(pictures[i : i + 1], spec, "cpu") for i in range(4)])

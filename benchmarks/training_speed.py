@@ -222,7 +222,7 @@ def pretrained(weights: Path, classes: int) -> nn.Module:
     """Xception with the given weights and a new head."""
     torch.manual_seed(0)
     network = Xception(classes)
-    load_weights(network, name="xception", weights=str(weights))
+    load_weights(network, name="xception", weights=str(weights), head="fc")
     nn.init.normal_(network.fc.weight, std=0.01)
     nn.init.zeros_(network.fc.bias)
     return network

@@ -19,6 +19,7 @@ from compressor.artifacts import atomic_write, write_json
 from compressor.errors import DataError, did_you_mean
 from compressor.folding import apply_fold
 from compressor.models import build
+from compressor.models.weights import restore
 from compressor.pruning.apply import apply_plan
 from compressor.pruning.blocks import drop_blocks
 from compressor.pruning.kernels import replace_kernels
@@ -95,6 +96,8 @@ def load_network(folder: Path, module: nn.Module | None = None) -> Network:
     Raises:
         DataError: If a file is missing, damaged, of an unknown version, or does not fit the architecture.
         UnsupportedModelError: If an edit does not fit the architecture.
+        RecipeError: If the architecture cannot be built: its zoo or plugin is another one here, or it came from outside
+            the toolkit (`source: custom`) and `module` is missing.
     """
     where = folder / MODEL_JSON
     description = _read_description(where)
@@ -194,4 +197,4 @@ def _load_tensors(module: nn.Module, where: Path) -> None:
             if names
         ]
         raise DataError(f"{where}: its tensors do not fit {MODEL_JSON}: {', '.join(faults)}")
-    module.load_state_dict(tensors, strict=True)
+    restore(module, tensors, strict=True)

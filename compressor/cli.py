@@ -14,13 +14,21 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from compressor import __version__
 from compressor.errors import CompressorError, MissingDependencyError, RecipeError, did_you_mean
 
 EXIT_CRASH, EXIT_MISSED, EXIT_RESOURCE, EXIT_INTERRUPTED = 1, 3, 5, 130
-TAKE_A_VALUE = ("--set", "--out", "--device", "--calls", "--threads", "--dest")  # what follows is no command
+TAKE_A_VALUE = (
+    "--set",
+    "--out",
+    "--device",
+    "--calls",
+    "--threads",
+    "--dest",
+    "--factory",
+)  # what follows is no command
 SCARCE = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.EROFS)
 EXIT_CODES = (
     "exit codes: 0 ok; 1 crash; 2 recipe or usage; 3 gate or budget missed; 4 data; 5 environment; 130 interrupted"
@@ -88,6 +96,7 @@ def interrupted_message(args: argparse.Namespace) -> str:
     words += ["run", str(args.recipe), "--out", str(run), "--resume"]
     words += ["--force"] if args.force else []
     words += ["--device", args.device] if args.device != "auto" else []
+    words += ["--factory", args.factory] if args.factory else []
     for override in args.overrides:
         words += ["--set", override]
     return "interrupted; finished stages are kept, go on with: " + shlex.join(words)
@@ -156,8 +165,29 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _run_arguments(parser: argparse.ArgumentParser) -> None:
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
     _recipe_arguments(parser)
+    parser.add_argument(
+        "--factory",
+        metavar="PACKAGE.MODULE:FUNCTION",
+        help="your own network in place of the recipe's: a function that takes the number of classes and returns a "
+        "torch.nn.Module; looked for in the working folder too",
+    )
+
+
+def _own_network(args: argparse.Namespace) -> Any:
+    """What `--factory` names, or None."""
+    if args.factory is None:
+        return None
+    from compressor.models.custom import load_factory
+
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that nothing there takes the place of an installed package
+    return load_factory(args.factory)
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    _model_arguments(parser)
     parser.add_argument(
         "--out", dest="run_dir", type=Path, metavar="RUN", help="folder to create (default: a fresh one under runs/)"
     )
@@ -174,7 +204,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     from compressor.recipe_loader import load_recipe
 
-    load_recipe(args.recipe, args.overrides)  # faults show before torch is imported
+    load_recipe(args.recipe, args.overrides, own_model=args.factory)  # faults show before torch is imported
     from compressor.run_folder import fresh_run_dir
 
     if args.run_dir is None:
@@ -187,6 +217,7 @@ def _run(args: argparse.Namespace) -> int:
         report = compress(
             args.recipe,
             args.run_dir,
+            model=_own_network(args),
             overrides=args.overrides,
             resume=args.resume,
             force=args.force,
@@ -216,7 +247,7 @@ def _plan(args: argparse.Namespace) -> int:
     with console.logging_to_stderr(quiet=args.quiet, verbose=args.verbose):
         from compressor.planning import plan_recipe
 
-        plan = plan_recipe(args.recipe, args.overrides)
+        plan = plan_recipe(args.recipe, args.overrides, _own_network(args))
     if args.json:
         print(json.dumps(plan))
     else:
@@ -326,7 +357,7 @@ Command = tuple[Callable[[argparse.Namespace], int], Callable[[argparse.Argument
 COMMANDS: dict[str, Command] = {
     "run": (_run, _run_arguments, "run a recipe: train, compress, export, prove, report"),
     "validate": (_validate, _recipe_arguments, "check a recipe and report every fault at once"),
-    "plan": (_plan, _recipe_arguments, "show what a recipe would do to the network, without training; writes nothing"),
+    "plan": (_plan, _model_arguments, "show what a recipe would do to the network, without training; writes nothing"),
     "schema": (_schema, _no_arguments, "print the JSON Schema of recipes"),
     "verify": (_verify, _run_folder_argument, "check every file of a run against its manifest"),
     "eval": (_eval, _eval_arguments, "score an IR on a folder of images"),

@@ -23,6 +23,8 @@ PACKAGES = (
     "numpy",
     "pillow",
     "pydantic",
+    "timm",
+    "torchvision",
 )
 # Instruction sets that decide whether INT8 and bf16 are fast, and whether INT8 can overflow (no VNNI: yes).
 INT8_FEATURES = ("avx512_vnni", "avx_vnni", "amx_int8")

@@ -3,12 +3,13 @@
 Invariant: work happens in `RUN.partial/`; `RUN` appears by one rename, after its manifest is written, or not at all.
 """
 
+import copy
 import dataclasses
 import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import nn
 
 from compressor import environment
 from compressor.artifacts import sha256_of, write_json
+from compressor.backbone import build_dense, input_spec, resolve_input
 from compressor.checkpoint import Network, load_network, save_network
 from compressor.clock import Clock
 from compressor.context import Assignment, Context, Work
@@ -25,13 +27,14 @@ from compressor.data import Dataset, load_dataset
 from compressor.data.batches import to_input
 from compressor.errors import RecipeError, ResourceError, TrainingError
 from compressor.inference import frozen_copy
-from compressor.models import HEADS, build
+from compressor.models import zoo
 from compressor.models.counting import count
-from compressor.models.weights import WeightsReport, load_weights
+from compressor.models.custom import Own, own_network
+from compressor.models.weights import WeightsReport
 from compressor.precision import TrainingPrecision, faster_precision
 from compressor.preprocess import InputSpec
 from compressor.proof import Networks, prove
-from compressor.recipe import DropBlocks, Finetune, Prune, Quantize, Recipe, Stage, Training
+from compressor.recipe import DropBlocks, Finetune, ModelSection, Prune, Quantize, Recipe, Stage, Training, custom_model
 from compressor.recipe_loader import load_recipe
 from compressor.report import Footprint, Report, write_report
 from compressor.run_folder import fresh_run_dir, log_file, open_partial, publish, remember_stage, stage_is_ready
@@ -51,6 +54,8 @@ class _Run:
     weights: WeightsReport
     precision: TrainingPrecision
     clock: Clock
+    identity: str | None = None  # of a network the toolkit did not build itself
+    dense: nn.Module | None = None  # that network before any edit, to rebuild finished stages on
     records: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -59,7 +64,7 @@ def compress(
     recipe: str | Path | Recipe,
     run_dir: str | Path | None = None,
     *,
-    model: nn.Module | None = None,
+    model: nn.Module | Callable[[int], nn.Module] | None = None,
     overrides: Sequence[str] = (),
     resume: bool = False,
     force: bool = False,
@@ -70,7 +75,9 @@ def compress(
     Args:
         recipe: path of a YAML recipe, or a validated `Recipe`.
         run_dir: folder to create; default a fresh one under `runs/`.
-        model: reserved for a caller's own network (not supported yet).
+        model: the caller's own network in place of the recipe's `model.source` and `model.name`: a module, which is
+            copied and whose head is replaced if it has another number of classes, or a function that takes the number
+            of classes and returns a module. A weights file named in the recipe is loaded into it.
         overrides: `PATH=VALUE` changes to the recipe, as `--set` on the command line.
         resume: continue `RUN.partial/` from its last finished stage.
         force: replace an existing run folder; the old one stays until the new one is complete.
@@ -82,16 +89,16 @@ def compress(
     Raises:
         CompressorError: anything else that prevented a run; finished stages stay in `RUN.partial/`.
     """
-    if model is not None:
-        raise RecipeError("compress(model=...): own networks are not supported yet; name a built-in one in the recipe")
     environment.prepare_process()
-    tree, name = _read_recipe(recipe, overrides)
+    own = own_network(model) if model is not None else None
+    tree, name = read_recipe(recipe, overrides, own)
+    tree = resolve_input(tree, own)
     run = Path(run_dir) if run_dir else fresh_run_dir(name)
     if run.name in ("", ".."):
         run = run.resolve()
     with open_partial(run, tree, resume=resume, force=force) as partial, log_file(partial / "run.log"):
         clock = Clock()
-        state, network = _prepare(tree, partial, _device(device), clock)
+        state, network = _prepare(tree, partial, _device(device), clock, own)
         networks = _run_stages(state, network)
         report = prove(
             state.context,
@@ -108,52 +115,49 @@ def compress(
     return report
 
 
-def _read_recipe(recipe: str | Path | Recipe, overrides: Sequence[str]) -> tuple[Recipe, str]:
-    """The validated recipe and a name for its runs."""
+def read_recipe(recipe: str | Path | Recipe, overrides: Sequence[str], own: Own | None) -> tuple[Recipe, str]:
+    """The validated recipe and a name for its runs; a caller's own network takes the place of the recipe's."""
     if isinstance(recipe, Recipe):
         if overrides:
             raise RecipeError("overrides need a recipe file; change the Recipe itself instead")
-        return recipe, "recipe"
-    return load_recipe(Path(recipe), overrides).recipe, Path(recipe).stem
+        if own is not None:
+            section = ModelSection.model_validate(custom_model(own.name, recipe.model.model_dump()))
+            recipe = recipe.model_copy(update={"model": section})
+        tree, name = recipe, "recipe"
+    else:
+        tree = load_recipe(Path(recipe), overrides, own_model=own.name if own else None).recipe
+        name = Path(recipe).stem
+    if own is None and tree.model.source == "custom":
+        raise RecipeError(
+            "model.source: found 'custom', and no network; give one with --factory package.module:function or "
+            "compress(..., model=...), or name one of source builtin, timm, torchvision or plugin"
+        )
+    return tree, name
 
 
-def _prepare(recipe: Recipe, partial: Path, device: str, clock: Clock) -> tuple[_Run, Network]:
+def _prepare(recipe: Recipe, partial: Path, device: str, clock: Clock, own: Own | None) -> tuple[_Run, Network]:
     """Load data and weights: everything that can be found wrong before a stage starts."""
     with clock("prepare"):
         spec = input_spec(recipe)
         data = _load_data(recipe, spec)
         torch.manual_seed(recipe.seed)
-        module = build(recipe.model.source, recipe.model.name, recipe.model.args, len(data.labels))
-        _initialise_head(module, HEADS[recipe.model.name], recipe.seed)
-        weights = load_weights(
-            module,
-            name=recipe.model.name,
-            weights=recipe.model.weights,
-            download=recipe.model.weights_download,
-            fallback=recipe.model.weights_fallback,
-        )
+        dense = build_dense(recipe, len(data.labels), own)
+        module, weights = dense.module, dense.weights
         if not leading_finetunes(recipe) and not weights.head_loaded:
             _refuse_untrained_baseline(recipe, weights)
         check_scopes(module, recipe.stages)
-        architecture = {
-            "source": recipe.model.source,
-            "name": recipe.model.name,
-            "args": dict(recipe.model.args),
-            "num_classes": len(data.labels),
-        }
     with clock("training precision"):
-        precision = _training_precision(recipe, module, architecture, data, device)
+        precision = _training_precision(
+            recipe, module, {**dense.architecture, "identity": dense.identity}, data, device
+        )
     example = to_input(data.train.images[:1], spec, "cpu")
-    state = _Run(
-        recipe,
-        partial,
-        Context(example, data, device, partial, precision.chosen, recipe.benchmark.threads),
-        weights,
-        precision,
-        clock,
-    )
-    state.notes += [*data.notes, *weights.notes]
-    return state, Network(module, architecture, (), None, (3, spec.height, spec.width))
+    context = Context(example, data, device, partial, precision.chosen, recipe.benchmark.threads)
+    state = _Run(recipe, partial, context, weights, precision, clock, dense.identity)
+    if own is not None:
+        state.dense = copy.deepcopy(module)
+    imported = zoo.import_note(recipe.model.source)
+    state.notes += [*data.notes, *weights.notes, *([imported] if imported else [])]
+    return state, Network(module, dense.architecture, (), None, (3, spec.height, spec.width))
 
 
 def _training_precision(
@@ -166,12 +170,6 @@ def _training_precision(
         return TrainingPrecision("auto")
     batch = to_input(data.train.images[: trainings[0].batch_size], data.spec, "cpu")
     return faster_precision(module, batch, device=device, identity=architecture)
-
-
-def input_spec(recipe: Recipe) -> InputSpec:
-    """The recipe's `input` section as the preprocessing every part shares."""
-    height, width = recipe.input.size
-    return InputSpec(height, width, recipe.input.resize, recipe.input.fit, recipe.input.mean, recipe.input.std)
 
 
 def leading_finetunes(recipe: Recipe) -> int:
@@ -213,21 +211,13 @@ def _load_data(recipe: Recipe, spec: InputSpec) -> Dataset:
     return load_dataset(spec=spec, cache=cache, seed=recipe.seed, **recipe.data.model_dump())
 
 
-def _initialise_head(module: nn.Module, head: str, seed: int) -> None:
-    """Small seeded weights for a new classifier, so that the first loss is that of a uniform guess."""
-    layer = module.get_submodule(head)
-    assert isinstance(layer, nn.Linear)
-    generator = torch.Generator().manual_seed(seed)
-    nn.init.normal_(layer.weight, std=0.01, generator=generator)
-    nn.init.zeros_(layer.bias)
-
-
 def _first_key(state: _Run) -> str:
     """What the first stage depends on: model, weights, data with its preprocessing, seed, code, versions, processor."""
     return _digest(
         {
             "code": environment.code_digest(),
             "model": state.recipe.model.model_dump(mode="json"),
+            "identity": state.identity,
             "weights": state.weights.sha256,
             "data": state.context.data.fingerprint,
             "seed": state.recipe.seed,
@@ -274,7 +264,7 @@ def _run_stages(state: _Run, network: Network) -> Networks:
         if i < ready:
             state.records.append({**json.loads((folder / "footprint.json").read_text()), "reused": True})
             if i + 1 in (ready, lead, quantize_at):
-                network = load_network(folder)
+                network = _load_stage(state, folder)
             log.info("stage %d/%d %s: reused", i + 1, len(stages), stages[i].type)
             continue
         log.info("stage %d/%d %s", i + 1, len(stages), stages[i].type)
@@ -324,7 +314,12 @@ def _run_one(
         state.records.append({**record, "reused": False})
         accuracy = outcome.footprint.val_accuracy or 0.0
         log.info("stage %d done in %.0f s: %.4f validation accuracy", index + 1, seconds, accuracy)
-        return load_network(folder)  # so that a resumed run goes on from the very same, to the order of its parameters
+        # Read back, so that a resumed run goes on from the very same, to the order of its parameters.
+        return _load_stage(state, folder)
+
+
+def _load_stage(state: _Run, folder: Path) -> Network:
+    return load_network(folder, copy.deepcopy(state.dense))
 
 
 def _keep(folder: Path, outcome: Outcome, record: dict[str, Any]) -> dict[str, Any]:

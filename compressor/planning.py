@@ -4,7 +4,7 @@ Invariant: writes nothing. Which channels and blocks go is decided later, on tra
 stages whose widths do not depend on them, and meet the same targets for the others.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 from compressor import recipe as spec
+from compressor.backbone import build_dense, input_spec
 from compressor.data import class_labels
 from compressor.errors import ResourceError
-from compressor.models import build
 from compressor.models.counting import count
-from compressor.models.weights import load_weights
+from compressor.models.custom import own_network
+from compressor.pipeline import read_recipe
 from compressor.pruning.apply import apply_plan
 from compressor.pruning.blocks import drop_blocks
 from compressor.pruning.kernels import replace_kernels
-from compressor.recipe_loader import load_recipe
 from compressor.report import Footprint
 from compressor.structure import (
     check_scopes,
@@ -34,8 +34,10 @@ from compressor.structure import (
 )
 
 
-def plan_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Predict parameters and MACs after every stage.
+def plan_recipe(
+    path: Path, overrides: Sequence[str] = (), model: nn.Module | Callable[[int], nn.Module] | None = None
+) -> dict[str, Any]:
+    """Predict parameters and MACs after every stage; `model` is a caller's own network, as in `compress`.
 
     Returns:
         JSON: `baseline` (params, macs), `stages` (where, what, params, macs, skipped) and `notes`.
@@ -44,17 +46,20 @@ def plan_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         RecipeError: the recipe is wrong, or a target cannot be reached.
         DataError: the data's classes cannot be listed.
     """
-    recipe = load_recipe(path, overrides).recipe
+    own = own_network(model) if model is not None else None
+    recipe = read_recipe(path, overrides, own)[0]
     torch.manual_seed(recipe.seed)
     labels = class_labels(recipe.data.source, recipe.data.path)
-    module = build(recipe.model.source, recipe.model.name, recipe.model.args, len(labels)).eval()
     notes = [f"{len(labels)} classes"]
     try:
-        load_weights(module, name=recipe.model.name, weights=recipe.model.weights)
+        module = build_dense(recipe, len(labels), own, offline=True).module.eval()
     except ResourceError as error:
         notes.append(f"planned on random weights ({error})")
+        unweighted = recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": "none"})})
+        module = build_dense(unweighted, len(labels), own).module.eval()
     check_scopes(module, recipe.stages)
-    example = torch.zeros(1, 3, *recipe.input.size)
+    size = input_spec(recipe, own)
+    example = torch.zeros(1, 3, size.height, size.width)
     counts = count(module, example)
     baseline = Footprint(params=counts.params, macs=counts.macs)
     rows = []

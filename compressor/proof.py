@@ -260,6 +260,11 @@ def _retrain_memory(context: Context, recipe: Recipe, records: Sequence[dict[str
     last = max((i for i, stage in enumerate(stages) if isinstance(stage, Finetune)), default=None)
     if last is None:
         return {"error": "the recipe has no finetune stage"}
+    name = recipe.model.name or ""
+    if recipe.model.source == "custom" and ":" not in name:
+        return {
+            "error": f"another process cannot rebuild {name}, which was given as an object; --factory names one it can"
+        }
     slim = next((i - 1 for i in range(last, len(stages)) if isinstance(stages[i], Quantize)), len(stages) - 1)
     folder = context.run_dir / "stages" / f"{slim:02d}-{records[slim]['type']}"
     command = [
@@ -272,9 +277,12 @@ def _retrain_memory(context: Context, recipe: Recipe, records: Sequence[dict[str
         str(last),
         str(RETRAIN_STEPS),
         context.precision,
+        *([name] if recipe.model.source == "custom" else []),  # `compress` has put the factory's name there itself
     ]
     # The toolkit may run from a checkout that is not installed, in another working folder.
     search = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
+    if recipe.model.source == "custom":
+        search += sys.path  # the factory was found somewhere there
     child = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search))}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=child)
     if done.returncode:

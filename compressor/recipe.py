@@ -5,7 +5,7 @@ Importing this module loads no torch.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, WithJsonSchema, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -53,22 +53,31 @@ __all__ = [
 ]
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt")
-# Arguments that a built-in architecture takes, beside the number of classes which the data decide.
+# The built-in architectures and the arguments they take, beside the number of classes which the data decide.
 MODEL_ARGS: Mapping[str, frozenset[str]] = {"xception": frozenset()}
-# Xception's two unpadded convolutions and four strides leave nothing of a smaller image.
-SMALLEST_INPUT = 33
+BROUGHT_ALONG = ("plugin", "custom")  # sources whose networks may come with weights of their own
 
 Unit = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, le=1)]
-Side = Annotated[int, Field(ge=SMALLEST_INPUT, le=4096)]
+Side = Annotated[int, Field(ge=8, le=4096)]
 
 
 def _both_sides(size: object) -> object:
     return (size, size) if isinstance(size, int) and not isinstance(size, bool) else size
 
 
-_SIDE_SCHEMA = {"type": "integer", "minimum": SMALLEST_INPUT, "maximum": 4096}
+_SIDE_SCHEMA = {"type": "integer", "minimum": 8, "maximum": 4096}
 _SIZE_SCHEMA = {"anyOf": [_SIDE_SCHEMA, {"type": "array", "items": _SIDE_SCHEMA, "minItems": 2, "maxItems": 2}]}
+_SIZE_OR_NULL = {"anyOf": [*_SIZE_SCHEMA["anyOf"], {"type": "null"}]}
+
+
+BUILTIN_INPUT: Mapping[str, Any] = {
+    "size": DEFAULT_SIZE,
+    "resize": "pillow_bilinear",
+    "fit": "stretch",
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+}
 
 
 class ModelSection(BaseModel):
@@ -76,37 +85,72 @@ class ModelSection(BaseModel):
 
     model_config = STRICT
 
-    source: Literal["builtin"] = Field(default="builtin", description="Where the architecture comes from.")
-    name: Literal["xception"] = Field(description="The architecture.")
+    source: Literal["builtin", "timm", "torchvision", "plugin", "custom"] = Field(
+        default="builtin",
+        description="Where the architecture comes from: built in; timm or torchvision, to be installed; plugin = an "
+        "installed package's entry point in the group compressor.models; custom = the network given with --factory or "
+        "compress(model=...), which take the place of any other source.",
+    )
+    name: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=200,
+        description="The architecture, as its source names it: xception is built in, timm.list_models() and "
+        "torchvision.models.list_models() list theirs; needed unless the source is custom.",
+    )
     args: Mapping[str, bool | int | float | str] = Field(
-        default={}, description="Arguments of the architecture; xception has none."
+        default={}, description="Arguments of the architecture's constructor; the built-in xception has none."
     )
     weights: str = Field(
         default="imagenet",
         min_length=1,
-        description="imagenet (from the local cache), none (random), or a .safetensors or .pth file, relative "
-        "to the current folder.",
+        description="imagenet (from local caches), none (random, or what a plugin's or custom network comes with: "
+        "their default), or a .safetensors or .pth file, relative to the current folder.",
     )
-    weights_download: bool = Field(
-        default=False, description="Ask the hub when the cache does not hold the ImageNet weights."
-    )
+    weights_download: bool = Field(default=False, description="Ask the hub when no cache holds the ImageNet weights.")
     weights_fallback: Literal["none"] | None = Field(
         default=None,
         description="none = train from random weights, announced loudly, where there are none; null = fail.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _weights_of_its_own(cls, data: object) -> object:
+        if isinstance(data, dict) and data.get("source") in BROUGHT_ALONG and "weights" not in data:
+            return {**data, "weights": "none"}
+        return data
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         faults = []
-        if unknown := sorted(set(self.args) - MODEL_ARGS[self.name]):
-            allowed = ", ".join(sorted(MODEL_ARGS[self.name])) or f"no argument for {self.name}"
-            faults.append(("args", f"found {', '.join(unknown)}, allowed {allowed}"))
+        if self.source == "builtin":
+            known = ", ".join(MODEL_ARGS)
+            if self.name is None:
+                faults.append(("name", f"found nothing, needs {known}"))
+            elif self.name not in MODEL_ARGS:
+                near = did_you_mean(self.name, MODEL_ARGS) or "; others: model.source timm, torchvision or plugin"
+                faults.append(("name", f"found {self.name!r:.60}, allowed {known}{near}"))
+            elif unknown := sorted(set(self.args) - MODEL_ARGS[self.name]):
+                allowed = ", ".join(sorted(MODEL_ARGS[self.name])) or f"no argument for {self.name}"
+                faults.append(("args", f"found {', '.join(unknown)}, allowed {allowed}"))
+        elif self.name is None and self.source != "custom":
+            faults.append(("name", f"found nothing, needs the name of a network of source {self.source}"))
+        if self.source in BROUGHT_ALONG and self.weights == "imagenet":
+            text = f"found 'imagenet', which is unknown for source {self.source}; allowed none or a path"
+            faults.append(("weights", text))
         if self.weights not in ("imagenet", "none") and not self.weights.endswith(WEIGHT_SUFFIXES):
             near = did_you_mean(self.weights, ["imagenet", "none"])
             allowed = f"imagenet, none, or a path ending in {', '.join(WEIGHT_SUFFIXES)}"
             faults.append(("weights", f"found {self.weights!r:.80}, allowed {allowed}{near}"))
         refuse(self, *faults)
         return self
+
+
+def custom_model(name: str, replaced: object) -> dict[str, Any]:
+    """The `model` section of a network given beside the recipe; of the section it replaces it keeps a weights file."""
+    weights = replaced.get("weights") if isinstance(replaced, Mapping) else None
+    path = isinstance(weights, str) and weights not in ("imagenet", "none")
+    return {"source": "custom", "name": name, "weights": weights if path else "none"}
 
 
 class DataSection(BaseModel):
@@ -169,25 +213,40 @@ class DataSection(BaseModel):
 
 
 class InputSection(BaseModel):
-    """How an image becomes the network's input; exported with the model."""
+    """How an image becomes the network's input; exported with the model.
+
+    Null keys are filled in when the network is known: by what timm or torchvision say about its pretrained weights, or
+    by `BUILTIN_INPUT`.
+    """
 
     model_config = STRICT
 
     size: Annotated[
-        tuple[Side, Side], Field(strict=False), BeforeValidator(_both_sides), WithJsonSchema(_SIZE_SCHEMA)
-    ] = Field(default=DEFAULT_SIZE, description="Side of the square input in pixels, or [height, width].")
-    resize: Literal["pillow_bilinear", "pillow_bicubic", "linear"] = Field(
-        default="pillow_bilinear",
-        description="Interpolation; linear is faster on large images but aliases when shrinking.",
+        tuple[Side, Side] | None, Field(strict=False), BeforeValidator(_both_sides), WithJsonSchema(_SIZE_OR_NULL)
+    ] = Field(
+        default=None,
+        description="Side of the square input in pixels, or [height, width]; null = timm's or torchvision's for the "
+        "network, 299 for the built-in one; plugins and custom networks need it said.",
     )
-    fit: Literal["stretch", "center_crop"] = Field(
-        default="stretch", description="Stretch to the size, or keep the aspect ratio and cut the borders off."
+    resize: Literal["pillow_bilinear", "pillow_bicubic", "linear"] | None = Field(
+        default=None,
+        description="Interpolation; linear is faster on large images but aliases when shrinking. null = timm's or "
+        "torchvision's for the network, else pillow_bilinear.",
     )
-    mean: Annotated[tuple[Unit, Unit, Unit], Field(strict=False)] = Field(
-        default=(0.5, 0.5, 0.5), description="Red, green and blue subtracted from pixels scaled to 0..1."
+    fit: Literal["stretch", "center_crop"] | None = Field(
+        default=None,
+        description="Stretch to the size, or keep the aspect ratio and cut the borders off; null = center_crop where "
+        "timm or torchvision crop, else stretch.",
     )
-    std: Annotated[tuple[Positive, Positive, Positive], Field(strict=False)] = Field(
-        default=(0.5, 0.5, 0.5), description="Red, green and blue divisors after the mean is subtracted."
+    mean: Annotated[tuple[Unit, Unit, Unit] | None, Field(strict=False)] = Field(
+        default=None,
+        description="Red, green and blue subtracted from pixels scaled to 0..1; null = timm's or torchvision's for the "
+        "network, else 0.5 each.",
+    )
+    std: Annotated[tuple[Positive, Positive, Positive] | None, Field(strict=False)] = Field(
+        default=None,
+        description="Red, green and blue divisors after the mean is subtracted; null = timm's or torchvision's for the "
+        "network, else 0.5 each.",
     )
 
 
@@ -242,6 +301,18 @@ class Recipe(BaseModel):
         default=Budget(), description="What the result must meet; a miss fails the run after the report."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _input_of_the_builtin(cls, data: object) -> object:
+        if not isinstance(data, dict):
+            return data
+        model, given = data.get("model"), data.get("input", {})
+        source = model.get("source", "builtin") if isinstance(model, dict) else getattr(model, "source", None)
+        values = dict(given) if isinstance(given, dict | InputSection) else None
+        if source != "builtin" or values is None:
+            return data
+        return {**data, "input": {**BUILTIN_INPUT, **{key: v for key, v in values.items() if v is not None}}}
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         details = [
@@ -251,3 +322,9 @@ class Recipe(BaseModel):
         if details:
             raise ValidationError.from_exception_data("Recipe", details)
         return self
+
+
+def with_input(recipe: Recipe, defaults: Mapping[str, Any]) -> Recipe:
+    """The recipe with the null keys of its `input` filled in."""
+    given = {key: value for key, value in recipe.input if value is not None}
+    return recipe.model_copy(update={"input": InputSection.model_validate({**defaults, **given})})

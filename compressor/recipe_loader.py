@@ -13,7 +13,7 @@ from typing import Any
 
 from compressor import strict_yaml
 from compressor.errors import RecipeError, did_you_mean
-from compressor.recipe import Recipe
+from compressor.recipe import Recipe, custom_model
 from compressor.recipe_faults import found, validate
 from compressor.recipe_schema import json_schema, keys_at, schema_text
 from compressor.strict_yaml import KeyPath, format_path, parse_path
@@ -63,12 +63,13 @@ class _Sources:
         return f"{self.files[0]}:1"
 
 
-def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Loaded:
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, own_model: str | None = None) -> Loaded:
     """Load, merge, override and validate a recipe.
 
     Args:
         path: The recipe file.
         overrides: `PATH=VALUE` texts such as `stages[1].epochs=3`; the value is YAML.
+        own_model: Name of a network that was given beside the recipe; it replaces the `model` section.
 
     Raises:
         RecipeError: The file cannot be read or anything in it is wrong; one line `file:line: key.path: ...` per fault.
@@ -77,6 +78,8 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     _read_chain(Path(path), sources)
     for text in overrides:
         _override(sources, text)
+    if own_model is not None and not sources.unreadable:
+        sources.data["model"] = custom_model(own_model, sources.data.get("model"))
     recipe = None
     if not sources.unreadable:
         recipe, faults = validate(sources.data)

@@ -5,12 +5,14 @@ recipe can be reported at once.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from compressor.strict_yaml import KeyPath
 
 STRUCTURAL = frozenset({"prune", "reduce_channels", "replace_kernels", "drop_blocks"})
-DEFAULT_SIZE = (299, 299)
+DEFAULT_SIZE = (299, 299)  # of the built-in network; what others want is known when they are built
+# Xception's two unpadded convolutions and four strides leave nothing of a smaller image.
+SMALLEST_INPUT = 33
 
 
 def broken_rules(data: object) -> Iterator[tuple[KeyPath, str]]:
@@ -28,7 +30,7 @@ def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _is_integer(value: object) -> bool:
+def _is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -79,8 +81,12 @@ def _teacher(root: Mapping[str, Any], stages: list[Mapping[str, Any]]) -> Iterat
 
 
 def _head_may_be_trained(root: Mapping[str, Any]) -> bool:
-    """A file may hold a head that fits, and ImageNet's fits a folder of its classes: only loading the weights tells."""
-    weights, source = _mapping(root.get("model")).get("weights", "imagenet"), _mapping(root.get("data")).get("source")
+    """A file may hold a head that fits, so may an own network, and ImageNet's fits a folder of its classes: only
+    loading the weights tells."""
+    model = _mapping(root.get("model"))
+    weights, source = model.get("weights", "imagenet"), _mapping(root.get("data")).get("source")
+    if model.get("source") == "custom":
+        return True
     return weights not in ("imagenet", "none") or (weights == "imagenet" and source == "image_folder")
 
 
@@ -117,15 +123,21 @@ def _fraction(bound: object) -> float:
 
 
 def _geometry(root: Mapping[str, Any], stages: list[Mapping[str, Any]]) -> Iterator[tuple[KeyPath, str]]:
-    size = _mapping(root.get("input")).get("size", DEFAULT_SIZE)
+    builtin = _mapping(root.get("model")).get("source", "builtin") == "builtin"
+    size = _mapping(root.get("input")).get("size")
+    size = DEFAULT_SIZE if size is None and builtin else size
     height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
     if not _is_integer(height) or not _is_integer(width):
         return
+    shorter: int = min(height, width)
+    if builtin and 8 <= shorter < SMALLEST_INPUT:
+        text = f"found {shorter}, allowed an integer >= {SMALLEST_INPUT} for the built-in network"
+        yield ("input", "size"), text
     for _, path, options in _trainings(stages):
         augment = _mapping(options.get("augment"))
         shift = augment.get("shift")
-        if _is_integer(shift) and shift >= min(height, width):
-            text = f"found {shift}, allowed less than the input's shorter side of {min(height, width)}"
+        if _is_integer(shift) and shift >= shorter:
+            text = f"found {shift}, allowed less than the input's shorter side of {shorter}"
             yield (*path, "augment", "shift"), text
         if augment.get("rotate90") is True and height != width:
             yield (*path, "augment", "rotate90"), f"found true, needs a square input.size, not [{height}, {width}]"

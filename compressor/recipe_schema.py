@@ -72,8 +72,9 @@ def _schema() -> dict[str, Any]:
             definition["anyOf"] = [{"required": ["epochs"]}, {"required": ["steps"]}]
     # A recipe that extends another may leave out what the parent has; a complete one may not.
     complete: dict[str, Any] = {"required": schema.pop("required"), "properties": {}}
-    for key in ("model", "data"):
-        complete["properties"][key] = {"required": definitions[f"{key.title()}Section"].pop("required")}
+    complete["properties"]["data"] = {"required": definitions["DataSection"].pop("required")}
+    brought = {"properties": {"source": {"const": "custom"}}, "required": ["source"]}
+    complete["properties"]["model"] = {"anyOf": [{"required": ["name"]}, brought]}
     schema["anyOf"] = [{"required": ["extends"]}, complete]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "compressor recipe"}
 

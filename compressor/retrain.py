@@ -13,10 +13,13 @@ from compressor.errors import CompressorError
 from compressor.memory import measure_memory, resident_bytes
 
 
-def retrain(run: Path, stage_folder: Path, index: int, steps: int, precision: str) -> dict[str, int]:
+def retrain(
+    run: Path, stage_folder: Path, index: int, steps: int, precision: str, factory: str | None = None
+) -> dict[str, int]:
     """Train the network of a finished stage for a few steps with the options of `stages[index]`.
 
-    `precision` is what `auto` means in that run.
+    `precision` is what `auto` means in that run; `factory` is the `package.module:function` that makes a caller's own
+    network.
 
     Returns:
         Resident bytes: `floor_bytes` with torch imported and nothing loaded, `average_bytes` and `peak_bytes`.
@@ -24,10 +27,11 @@ def retrain(run: Path, stage_folder: Path, index: int, steps: int, precision: st
     prepare_process()
     import torch
 
+    from compressor.backbone import fresh_architecture, input_spec
     from compressor.checkpoint import load_network
     from compressor.context import freezing_as_told, loop_options
     from compressor.data import load_dataset
-    from compressor.pipeline import input_spec
+    from compressor.models.custom import load_factory
     from compressor.recipe import Training
     from compressor.recipe_loader import load_recipe
     from compressor.training import finetune
@@ -39,7 +43,8 @@ def retrain(run: Path, stage_folder: Path, index: int, steps: int, precision: st
     spec = input_spec(recipe)
     torch.manual_seed(recipe.seed)
     data = load_dataset(spec=spec, cache=cache_dir() / "data", seed=recipe.seed, **recipe.data.model_dump())
-    network = load_network(stage_folder)
+    own = load_factory(factory) if factory else None
+    network = load_network(stage_folder, fresh_architecture(own, len(data.labels), (spec.height, spec.width)))
     options = loop_options(stage, precision) | {"epochs": None, "steps": steps, "patience": None}
     with (
         measure_memory() as memory,
@@ -60,7 +65,7 @@ def retrain(run: Path, stage_folder: Path, index: int, steps: int, precision: st
 if __name__ == "__main__":
     logging.disable(logging.CRITICAL)
     try:
-        run, stage_folder, index, steps, precision = sys.argv[1:]
-        print(json.dumps(retrain(Path(run), Path(stage_folder), int(index), int(steps), precision)))
+        run, stage_folder, index, steps, precision, *factory = sys.argv[1:]
+        print(json.dumps(retrain(Path(run), Path(stage_folder), int(index), int(steps), precision, *factory)))
     except CompressorError as error:
         sys.exit(str(error))

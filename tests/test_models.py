@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import MissingDependencyError, RecipeError
-from compressor.models import HEADS, build, zoo
+from compressor.models import BUILTIN, build, heads, zoo
 from compressor.models.counting import count
 from compressor.models.weights import load_into, read_tensors
 from compressor.models.xception import Block, Xception
@@ -101,15 +101,16 @@ def test_the_skip_of_a_block_reads_what_the_block_read() -> None:
     assert torch.equal(x, before)
 
 
-def test_every_model_has_a_head_that_exists() -> None:
-    for name, head in HEADS.items():
-        assert isinstance(build("builtin", name, {}, 3).get_submodule(head), nn.Linear)
+def test_every_model_has_a_head_that_is_found() -> None:
+    for name in BUILTIN:
+        network = build("builtin", name, {}, 3)
+        assert heads.find_head(heads.look(network, torch.zeros(1, 3, 33, 33)), 3) == "fc"
 
 
 @pytest.mark.parametrize(
     ("source", "name", "args", "text"),
     [
-        ("hub", "xception", {}, r"model\.source: 'hub' is not known; allowed: builtin"),
+        ("hub", "xception", {}, r"model\.source: 'hub' is not known; allowed: builtin, timm, torchvision, plugin"),
         ("builtin", "xcepton", {}, r"model\.name: 'xcepton' is not .*allowed: xception; did you mean 'xception'\?"),
         ("builtin", "os.system", {}, r"model\.name: 'os\.system' is not a built-in model; allowed: xception$"),
         ("builtin", "xception", {"depth": 3}, r"model\.args: found depth, allowed no argument for xception"),

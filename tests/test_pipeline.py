@@ -1,5 +1,6 @@
 """Whole runs with the stand-in network: what the report and the folder hold, and what happens when a run fails."""
 
+import copy
 import dataclasses
 import json
 import zipfile
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import own_networks
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,6 +16,7 @@ from tiny_networks import (
     DISTILLED,
     DROP,
     EVERY_STAGE,
+    FINETUNE,
     PRUNE,
     QUANTIZE,
     SHORT,
@@ -359,10 +362,55 @@ def test_overrides_change_the_recipe_that_is_run_and_stored(tiny_images: Path, t
     assert load_recipe(tmp_path / "run" / "recipe.yaml").recipe.seed == 5
 
 
-def test_own_networks_are_refused_clearly(tiny_images: Path, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_images, SHORT)
-    with pytest.raises(RecipeError, match=r"compress\(model=\.\.\.\).*not supported"):
-        compress(recipe, tmp_path / "run", model=tiny(4))
+def test_a_bare_sequential_goes_through_every_kind_of_stage(tiny_images: Path, tmp_path: Path) -> None:
+    given = own_networks.sequential(9)  # four classes: its head is replaced
+    before = copy.deepcopy(given.state_dict())
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_images, FINETUNE, PRUNE, DISTILLED, QUANTIZE, SHORT)
+    report = compress(recipe, tmp_path / "run", model=given)
+    assert report.recipe["model"]["source"] == "custom"
+    assert report.recipe["model"]["name"] == "torch.nn.modules.container.Sequential"
+    assert report.weights["source"] == "custom"
+    assert any("head" in note for note in report.notes)
+    assert report.baseline.macs is not None
+    assert report.result.macs is not None
+    assert report.result.macs <= 0.7 * report.baseline.macs
+    assert all(torch.equal(value, before[name]) for name, value in given.state_dict().items())
+    with pytest.raises(RecipeError, match=r"load_network\(folder, module"):
+        load_network(tmp_path / "run" / "stages" / "01-prune")
+
+
+def test_another_network_of_the_same_name_reuses_no_stage(tiny_images: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_images, SHORT, PRUNE, seed=77)
+
+    def reused(name: str, network: nn.Module) -> list[bool]:
+        return [stage["reused"] for stage in compress(recipe, tmp_path / name, model=network).stages]
+
+    first, other = own_networks.make(4), own_networks.make(4)
+    with torch.no_grad():
+        other.get_submodule("out").bias[0] += 1  # type: ignore[operator,index]
+    assert reused("first", first) == [False, False]
+    assert reused("again", copy.deepcopy(first)) == [True, True]
+    assert reused("other", other) == [False, False]
+
+
+def test_a_recipe_that_leaves_the_network_to_the_caller_needs_one(tiny_images: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_images, SHORT, model={"source": "custom"})
+    with pytest.raises(RecipeError, match=r"model\.source: found 'custom', and no network; give one with --factory"):
+        compress(recipe, tmp_path / "run")
+    loaded = load_recipe(recipe).recipe
+    report = compress(loaded, tmp_path / "run", model=own_networks.make)
+    assert report.recipe["model"]["name"] == "own_networks:make"
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").recipe.model.name == "own_networks:make"
+
+
+def test_input_of_a_zoo_is_resolved_in_the_report_and_the_stored_recipe(tiny_images: Path, tmp_path: Path) -> None:
+    model = {"source": "timm", "name": "lcnet_035", "weights": "none"}
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_images, SHORT, model=model)
+    report = compress(recipe, tmp_path / "run")
+    assert tuple(report.recipe["input"]["mean"]) == (0.485, 0.456, 0.406)
+    stored = load_recipe(tmp_path / "run" / "recipe.yaml").recipe
+    assert stored.input.fit == "center_crop"
+    assert recipe_hash(stored) == report.recipe["hash"]
 
 
 @pytest.mark.parametrize(("device", "exit_code"), [("cuda", 5), ("tpu", 2)])

@@ -57,6 +57,30 @@ def test_the_shortest_recipe_has_every_default() -> None:
     assert recipe.budget.bounds() == {}
 
 
+def test_input_of_the_builtin_network_is_known_and_others_is_asked_of_their_zoo() -> None:
+    given = {"size": 64, "mean": None}
+    builtin = Recipe.model_validate(recipe_of(input=given)).input
+    assert (builtin.size, builtin.fit, builtin.mean) == ((64, 64), "stretch", (0.5, 0.5, 0.5))
+    zoo = Recipe.model_validate(recipe_of(input=given, model={"source": "timm", "name": "resnet18"})).input
+    assert (zoo.size, zoo.fit, zoo.mean) == ((64, 64), None, None)
+
+
+def test_what_depends_on_a_size_is_not_judged_before_the_size_is_known() -> None:
+    stages = [{**TRAIN, "augment": {"shift": 400, "rotate90": True}}]
+    assert faults_of(stages=stages) == [
+        "stages[0].augment.shift: found 400, allowed less than the input's shorter side of 299"
+    ]
+    assert faults_of(stages=stages, model={"source": "timm", "name": "resnet18"}) == []
+    assert faults_of(input={"size": 16}, model={"source": "timm", "name": "resnet18"}) == []
+
+
+def test_networks_that_come_along_keep_their_weights_unless_a_file_is_named() -> None:
+    for model in ({"source": "custom"}, {"source": "plugin", "name": "mine"}):
+        assert Recipe.model_validate(recipe_of(model=model)).model.weights == "none"
+    named = {"source": "custom", "weights": "mine.pth"}
+    assert Recipe.model_validate(recipe_of(model=named)).model.weights == "mine.pth"
+
+
 def test_a_recipe_is_frozen_through_and_through() -> None:
     recipe = Recipe.model_validate(recipe_of(stages=[TRAIN, PRUNE]))
     with pytest.raises(ValidationError, match="frozen"):
@@ -96,7 +120,14 @@ def test_importing_the_recipe_layer_is_quick_and_loads_no_torch() -> None:
         ({"seed": True}, "seed: found true, allowed an integer"),
         ({"seed": "1"}, "seed: found '1', allowed an integer"),
         ({"model__name": "xeption"}, "model.name: found 'xeption', allowed xception; did you mean 'xception'?"),
-        ({"model__source": "timm"}, "model.source: found 'timm', allowed builtin"),
+        (
+            {"model__source": "tim"},
+            "model.source: found 'tim', allowed builtin, timm, torchvision, plugin or custom; did",
+        ),
+        ({"model": {"source": "timm"}}, "model.name: found nothing, needs the name of a network of source timm"),
+        ({"model": {}}, "model.name: found nothing, needs xception"),
+        ({"model__name": "resnet50"}, "allowed xception; others: model.source timm, torchvision or plugin"),
+        ({"model": {"source": "custom", "weights": "imagenet"}}, "unknown for source custom; allowed none or a path"),
         ({"model__args": {"depth": 3}}, "model.args: found depth, allowed no argument for xception"),
         ({"model__weights": "imagnet"}, "allowed imagenet, none, or a path ending in .safetensors"),
         ({"model__weights": "imagnet"}, "; did you mean 'imagenet'?"),
@@ -109,12 +140,12 @@ def test_importing_the_recipe_layer_is_quick_and_loads_no_torch() -> None:
         ({"data__group_by": 0}, "data.group_by: found 0, allowed an integer >= 1"),
         (
             {"input__size": 32},
-            "input.size: found 32, allowed an integer >= 33 and <= 4096 or a list of 2, each an integer",
+            "input.size: found 32, allowed an integer >= 33 for the built-in network",
         ),
-        ({"input__size": [64, 6]}, "input.size[1]: found 6, allowed an integer >= 33"),
+        ({"input__size": [64, 6]}, "input.size[1]: found 6, allowed an integer >= 8"),
         ({"input__size": [64]}, "input.size[1]: found nothing, needs an integer"),
-        ({"input__size": [64, 64, 64]}, "input.size: found a list of 3, allowed an integer >= 33"),
-        ({"input__size": "64"}, "input.size: found '64', allowed an integer >= 33"),
+        ({"input__size": [64, 64, 64]}, "input.size: found a list of 3, allowed an integer >= 8"),
+        ({"input__size": "64"}, "input.size: found '64', allowed an integer >= 8"),
         (
             {"input__resize": "bilinear"},
             "input.resize: found 'bilinear', allowed pillow_bilinear, pillow_bicubic or linear",
