@@ -72,9 +72,7 @@ def main() -> int:
     recipe = Recipe.model_validate({"version": 1, **sections, "data": data, "stages": stages})
     report = compress(recipe, args.out, model=OwnNet)
     print(f"{report.verdict['status']}: {', '.join(report.verdict['reasons']) or 'every gate met'}")
-    print(
-        f"latency {report.baseline.latency_ms:.2f} -> {report.result.latency_ms:.2f} ms, IR: {args.out / 'artifacts'}"
-    )
+    print(f"latency {report.baseline.latency_ms:.2f} -> {report.result.latency_ms:.2f} ms, IR: {args.out}/artifacts")
     return 0 if report.passed else 1
 
 
