@@ -34,6 +34,7 @@ class Context:
     device: str
     run_dir: Path
     precision: str = "auto"  # what a recipe's `precision: auto` means in this run, once it is known
+    threads: int | None = None  # of inference, wherever latency is measured; None leaves the choice to OpenVINO
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Assignment:
 
     where: str  # key path of the stage in the recipe, for messages
     seed: int
-    teacher: nn.Module | None  # the frozen baseline, for distillation
+    teacher: nn.Module | None  # the frozen baseline, for distillation and for latencies in fractions of its own
     baseline: Footprint  # what targets such as `0.4x` are fractions of
 
 

@@ -34,12 +34,12 @@ from compressor.models.weights import WeightsReport
 from compressor.precision import TrainingPrecision, faster_precision
 from compressor.preprocess import InputSpec
 from compressor.proof import Networks, prove
-from compressor.recipe import DropBlocks, Finetune, ModelSection, Quantize, Recipe, Stage, Training, custom_model
+from compressor.recipe import DropBlocks, Finetune, ModelSection, Prune, Quantize, Recipe, Stage, Training, custom_model
 from compressor.recipe_loader import load_recipe
 from compressor.report import Footprint, Report, write_report
 from compressor.run_folder import fresh_run_dir, log_file, open_partial, publish, remember_stage, stage_is_ready
 from compressor.stages import Outcome, not_finite, run_stage
-from compressor.structure import check_scopes
+from compressor.structure import check_scopes, measures_latency
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ def _prepare(recipe: Recipe, partial: Path, device: str, clock: Clock, own: Own 
             recipe, module, {**dense.architecture, "identity": dense.identity}, data, device
         )
     example = to_input(data.train.images[:1], spec, "cpu")
-    context = Context(example, data, device, partial, precision.chosen)
+    context = Context(example, data, device, partial, precision.chosen, recipe.benchmark.threads)
     state = _Run(recipe, partial, context, weights, precision, clock, dense.identity)
     if own is not None:
         state.dense = copy.deepcopy(module)
@@ -241,7 +241,9 @@ def _run_stages(state: _Run, network: Network) -> Networks:
     quantize_at = next((i for i, stage in enumerate(stages) if isinstance(stage, Quantize)), None)
     keys = [_first_key(state)]
     for stage in stages:
-        keys.append(_digest([keys[-1], stage.model_dump(mode="json")]))
+        # A latency found with one number of threads says nothing about another.
+        threads = [str(state.context.threads)] if isinstance(stage, Prune) and measures_latency(stage) else []
+        keys.append(_digest([keys[-1], stage.model_dump(mode="json"), *threads]))
     ready = 0
     while ready < len(stages) and stage_is_ready(_stage_folder(state, ready), keys[ready + 1]):
         ready += 1

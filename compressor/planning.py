@@ -29,6 +29,7 @@ from compressor.structure import (
     choose_kernels,
     choose_widths,
     enough_dropped,
+    measures_latency,
     prune_goals,
 )
 
@@ -83,11 +84,14 @@ def _simulate(
             return f"quantize to {stage.precision}, {stage.subset_size} calibration images", {}
         case spec.Prune():
             macs, params = prune_goals(stage, baseline)
+            timed = "; its latency target is measured in the run" if measures_latency(stage) else ""
+            if timed and macs is None and params is None:
+                return f"prune by {stage.importance} ({stage.ranking}){timed}, and is not counted here", {}
             plan = choose_channels(
                 module, example, stage, where=where, seed=seed, ratio=stage.pruning_ratio, macs=macs, params=params
             )
             apply_plan(module, plan, example)
-            return f"prune by {stage.importance} ({stage.ranking})", dict(plan.skipped)
+            return f"prune by {stage.importance} ({stage.ranking}){timed}", dict(plan.skipped)
         case spec.ReduceChannels():
             plan = choose_widths(module, example, stage, where=where, seed=seed)
             apply_plan(module, plan, example)

@@ -17,6 +17,7 @@ from compressor.data import calibration_indices
 from compressor.data.batches import to_input
 from compressor.errors import RecipeError
 from compressor.inference import choose_precision, evaluate, predict, reestimate_batchnorm
+from compressor.latency_target import macs_for_latency
 from compressor.models.counting import count
 from compressor.pruning.apply import apply_plan
 from compressor.pruning.blocks import find_blocks
@@ -113,6 +114,8 @@ def prune_stage(module: nn.Module, stage: spec.Prune, context: Context, assignme
     example, where = context.example, assignment.where
     start = count(module, example)
     macs, params = prune_goals(stage, assignment.baseline)
+    if measures_latency(stage):
+        macs = _macs_for_latency(module, stage, context, assignment, work, macs, params)
     if stage.iterations > 1 and stage.target:  # whether the end can be reached is known before the first step
         choose_channels(module, example, stage, where=where, seed=assignment.seed, macs=macs, params=params)
     full = None  # what a ratio refers to is what is here now, at every step
@@ -143,6 +146,51 @@ def prune_stage(module: nn.Module, stage: spec.Prune, context: Context, assignme
         if i + 1 < stage.iterations:
             recover(module, i)
     work.details["iterations"] = steps
+
+
+def measures_latency(stage: spec.Prune) -> bool:
+    """Whether a prune stage has a target that only timing can translate into MACs."""
+    return stage.target is not None and stage.target.latency_ms is not None
+
+
+def _macs_for_latency(
+    module: nn.Module,
+    stage: spec.Prune,
+    context: Context,
+    assignment: Assignment,
+    work: Work,
+    macs: int | None,
+    params: int | None,
+) -> int:
+    """MACs under which the pruned network meets the stage's latency, by magnitude whatever its importance is."""
+    assert stage.target is not None
+    assert stage.target.latency_ms is not None
+    bound, data, where = stage.target.latency_ms, context.data, f"{assignment.where}.target.latency_ms"
+    if macs is not None or params is not None:  # what is out of reach there is not the latency's fault
+        choose_channels(module, context.example, stage, where=assignment.where, seed=0, macs=macs, params=params)
+    groups = _groups(module, context.example, stage, assignment.where)
+    with located(where):
+        goal, probes = macs_for_latency(
+            module,
+            context.example,
+            baseline=module if assignment.teacher is None else assignment.teacher,
+            goal=bound.resolve,
+            groups=groups,
+            scores=score_groups(module, groups, kind="magnitude", loss_batches=None, seed=assignment.seed),
+            ranking=stage.ranking,
+            round_to=stage.round_to,
+            min_channels=stage.min_channels,
+            macs=macs,
+            params=params,
+            spec=data.spec,
+            labels=data.labels,
+            images=np.asarray(data.train.images[:8]),
+            folder=context.run_dir,
+            threads=context.threads,
+        )
+    found = [dataclasses.asdict(probe) for probe in probes]
+    work.details["latency_target"] = {"asked": bound.plain(), "macs": goal, "probes": found}
+    return goal
 
 
 def prune_goals(stage: spec.Prune, baseline: Footprint) -> tuple[int | None, int | None]:

@@ -1,5 +1,7 @@
 """The examples run as their first lines say."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,3 +32,24 @@ def test_contact_sheet_shows_every_class(tmp_path: Path) -> None:
                 assert not is_plain(sheet.crop((left, top, left + size * zoom, top + size * zoom)))
         # So the check above can fail: neither gap nor label is in a tile.
         assert is_plain(sheet.crop((LABEL_WIDTH + size * zoom, 0, LABEL_WIDTH + tile, sheet.height)))
+
+
+def test_an_own_network_is_pruned_to_a_latency_and_exported(tmp_path: Path) -> None:
+    script, run = REPOSITORY / "examples" / "own_model.py", tmp_path / "run"
+    assert len(script.read_text().splitlines()) <= 80
+    done = subprocess.run(
+        [sys.executable, str(script), "--out", str(run), "--latency", "0.8x"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "COMPRESSOR_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((run / "report.json").read_text())
+    assert f"IR: {run / 'artifacts'}" in done.stdout
+    assert (run / "artifacts" / "result_fp32.xml").is_file()
+    assert report["recipe"]["model"]["source"] == "custom"
+    found = report["stages"][1]["details"]["latency_target"]
+    assert any(probe["latency_ms"] <= probe["goal_ms"] for probe in found["probes"])
+    assert report["result"]["macs"] <= found["macs"]
+    assert report["result"]["latency_ms"] < report["baseline"]["latency_ms"]
