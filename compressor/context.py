@@ -70,13 +70,13 @@ def located(where: str) -> Iterator[None]:
         raise RecipeError(f"{where}: {error}") from error
 
 
-def resolve_freeze(module: nn.Module, globs: Collection[str], *, where: str) -> set[str]:
+def resolve_freeze(module: nn.Module, globs: Collection[str], *, where: str, example: Tensor) -> set[str]:
     """Names of all modules that a training leaves as they are.
 
     Raises:
         RecipeError: a glob matches nothing, or nothing is left to train.
     """
-    frozen = resolve_scope(module, globs, where=where)
+    frozen = resolve_scope(module, globs, where=where, example=example)
     held = {id(parameter) for parameter in parameters_of(module, frozen)}
     if held and all(id(parameter) in held for parameter in module.parameters()):
         last = list(dict.fromkeys(name.partition(".")[0] for name, _ in module.named_parameters()))[-1]
@@ -85,13 +85,15 @@ def resolve_freeze(module: nn.Module, globs: Collection[str], *, where: str) -> 
 
 
 @contextmanager
-def freezing_as_told(module: nn.Module, options: Training, *, where: str, folder: Path) -> Iterator[Frozen]:
+def freezing_as_told(
+    module: nn.Module, options: Training, *, where: str, folder: Path, example: Tensor
+) -> Iterator[Frozen]:
     """Keep the layers of `options.freeze` from being trained; what they compute may be kept in a file in `folder`.
 
     Raises:
         RecipeError: see `resolve_freeze`.
     """
-    layers = resolve_freeze(module, options.freeze, where=f"{where}.freeze")
+    layers = resolve_freeze(module, options.freeze, where=f"{where}.freeze", example=example)
     with freezing(module, layers, folder=folder, max_bytes=int(options.freeze_cache_gb * 1e9)) as frozen:
         yield frozen
 
@@ -119,7 +121,9 @@ def train(
     where = assignment.where if isinstance(options, Finetune) else f"{assignment.where}.recovery"
     with (
         visiting(context.device, module, *([distill.teacher] if distill else [])),
-        freezing_as_told(module, options, where=where, folder=context.run_dir) as frozen,
+        freezing_as_told(
+            module, options, where=where, folder=context.run_dir, example=context.example.to(context.device)
+        ) as frozen,
     ):
         return finetune(
             module,

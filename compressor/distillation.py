@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from compressor.feed import Batch
+from compressor.outputs import logits_of
 
 MOST_BYTES = 1 << 28  # of remembered answers
 
@@ -56,5 +57,4 @@ class Answers:
     def _ask(self, batch: Batch, places: NDArray[np.int64] | None) -> Tensor:
         images = batch.images(places)
         self.asked += len(images)
-        logits: Tensor = self.teacher(images)
-        return logits.float()
+        return logits_of(self.teacher(images)).float()

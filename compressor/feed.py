@@ -24,6 +24,7 @@ from compressor.data.batches import Augment, Draw, drawn_images, draws, labels_o
 from compressor.errors import ResourceError, UnsupportedModelError
 from compressor.frozen_prefix import Cut, find_cuts, split_at
 from compressor.inference import arithmetic
+from compressor.outputs import logits_of
 from compressor.preprocess import InputSpec
 
 log = logging.getLogger(__name__)
@@ -216,7 +217,7 @@ def _prove(module: nn.Module, prefix: nn.Module, suffix: nn.Module, example: Ten
     """Demand the network's own outputs, to the bit, from the two parts one after the other."""
     module.eval()
     with torch.no_grad():
-        if not torch.equal(suffix(prefix(example)), module(example)):
+        if not torch.equal(logits_of(suffix(prefix(example))), logits_of(module(example))):
             raise UnsupportedModelError("cut in two, the network gives other outputs")
 
 

@@ -18,6 +18,7 @@ from compressor.data import Split
 from compressor.data.batches import draws, to_input
 from compressor.environment import BF16_FEATURES, cpu_flags
 from compressor.metrics import top1
+from compressor.outputs import logits_of
 from compressor.preprocess import InputSpec
 from compressor.small_maps import SmallMaps
 
@@ -74,7 +75,7 @@ def predict(
         for start in range(0, len(images), EVALUATION_BATCH):
             rows = slice(start, start + EVALUATION_BATCH)
             out = module(features(rows) if features else to_input(images[rows], spec, device))
-            outputs.append(out.float().cpu())
+            outputs.append(logits_of(out).float().cpu())
     module.train(was_training)
     return torch.cat(outputs)
 

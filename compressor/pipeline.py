@@ -145,12 +145,12 @@ def _prepare(recipe: Recipe, partial: Path, device: str, clock: Clock, own: Own 
         module, weights = dense.module, dense.weights
         if not leading_finetunes(recipe) and not weights.head_loaded:
             _refuse_untrained_baseline(recipe, weights)
-        check_scopes(module, recipe.stages)
+        example = to_input(data.train.images[:1], spec, "cpu")
+        check_scopes(module, recipe.stages, example)
     with clock("training precision"):
         precision = _training_precision(
             recipe, module, {**dense.architecture, "identity": dense.identity}, data, device
         )
-    example = to_input(data.train.images[:1], spec, "cpu")
     context = Context(example, data, device, partial, precision.chosen, recipe.benchmark.threads)
     state = _Run(recipe, partial, context, weights, precision, clock, dense.identity)
     if own is not None:

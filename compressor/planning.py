@@ -57,9 +57,9 @@ def plan_recipe(
         notes.append(f"planned on random weights ({error})")
         unweighted = recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": "none"})})
         module = build_dense(unweighted, len(labels), own).module.eval()
-    check_scopes(module, recipe.stages)
     size = input_spec(recipe, own)
     example = torch.zeros(1, 3, size.height, size.width)
+    check_scopes(module, recipe.stages, example)
     counts = count(module, example)
     baseline = Footprint(params=counts.params, macs=counts.macs)
     rows = []
@@ -97,7 +97,7 @@ def _simulate(
             apply_plan(module, plan, example)
             return f"reduce_channels to width {stage.width:g}", dict(plan.skipped)
         case spec.ReplaceKernels():
-            names = choose_kernels(module, stage, where=where)
+            names = choose_kernels(module, example, stage, where=where)
             replace_kernels(module, names, init=stage.init, seed=seed)
             return f"replace_kernels: {len(names)} convolutions become 1x1", {}
         case spec.DropBlocks():

@@ -129,21 +129,20 @@ def embed_preprocessing(network: ov.Model, spec: InputSpec) -> ov.Model:
     """Put geometry, layout change and normalisation in front of a network.
 
     Args:
-        network: One float32 input [1,3,H,W] (or dynamic dimensions) of normalised RGB, one output of logits [1,N]. Left
-            as it is; the result is built on a clone.
+        network: One float32 input [1,3,H,W] (or dynamic dimensions) of normalised RGB, logits [1,N] as first
+            output. Left as it is; the result is built on a clone.
         spec: Geometry and normalisation.
 
     Returns:
-        Model with input `image` u8 [1,?,?,3] RGB of any size and output `logits` [1,N]. Fixing the input with
-        `model.reshape([1, h, w, 3])` works too.
+        Model with input `image` u8 [1,?,?,3] RGB of any size, output `logits` [1,N] and the network's others.
+        Fixing the input with `model.reshape([1, h, w, 3])` works too.
 
     Raises:
         UnsupportedModelError: The network's input or output is not as described.
     """
     inner = network.clone()
-    if len(inner.inputs) != 1 or len(inner.outputs) != 1:
-        found = f"{len(inner.inputs)} inputs and {len(inner.outputs)} outputs found"
-        raise UnsupportedModelError(f"embed_preprocessing: {found}; one image input and one logits output are needed")
+    if len(inner.inputs) != 1:
+        raise UnsupportedModelError(f"embed_preprocessing: {len(inner.inputs)} inputs found; one image is needed")
     wanted = ov.PartialShape([1, 3, spec.height, spec.width])
     shape, element = inner.inputs[0].get_partial_shape(), inner.inputs[0].get_element_type()
     if element != ov.Type.f32 or not shape.compatible(wanted):
@@ -155,8 +154,11 @@ def embed_preprocessing(network: ov.Model, spec: InputSpec) -> ov.Model:
     image = _image_parameter()
     planes = _normalised_planes(_geometry(image.output(0), spec), spec)
     inner.get_parameters()[0].output(0).replace(planes)
-    logits = inner.get_results()[0].input_value(0)
-    model = ov.Model([_named(logits, "logits")], [image], inner.get_friendly_name())
+    results = []
+    for position, result in enumerate(inner.get_results()):
+        value = result.input_value(0)
+        results.append(_named(value, "logits" if position == 0 else inner.outputs[position].get_any_name()))
+    model = ov.Model(results, [image], inner.get_friendly_name())
     for key, value in network.get_rt_info().items():
         model.set_rt_info(value, [key])
     model.validate_nodes_and_infer_types()

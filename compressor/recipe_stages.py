@@ -38,7 +38,9 @@ def refuse(model: BaseModel, *faults: tuple[str, str]) -> None:
 
 def _ignored_scope() -> Any:
     return Field(
-        default=(), description="Globs over module names to leave alone; one that matches nothing is an error."
+        default=(),
+        description="Globs over module names to leave alone, or roles: role:stem, role:body, role:head, role:strideN "
+        "(maps N times smaller than the image); one that matches nothing is an error.",
     )
 
 
@@ -125,8 +127,8 @@ class Training(BaseModel):
     )
     freeze: Globs = Field(
         default=(),
-        description="Globs over module names that stay as they are, statistics of BatchNorm too; one that matches "
-        "nothing is an error.",
+        description="Globs over module names, or roles, that stay as they are, statistics of BatchNorm too; one that "
+        "matches nothing is an error.",
     )
     freeze_cache_gb: float = Field(
         default=4.0,
@@ -274,7 +276,9 @@ class ReplaceKernels(BaseModel):
     type: Literal["replace_kernels"] = Field(
         default="replace_kernels", description="Turn k x k convolutions into 1 x 1."
     )
-    scope: Globs = Field(min_length=1, description="Globs over module names whose convolutions are replaced.")
+    scope: Globs = Field(
+        min_length=1, description="Globs over module names, or roles, whose convolutions are replaced."
+    )
     init: Init = Field(
         default="inherit", description="Keep the centre tap plus the folded surround, or draw random weights."
     )
@@ -292,7 +296,9 @@ class DropBlocks(BaseModel):
     )
     count: int | None = Field(default=None, ge=1, le=1000, description="Blocks to drop; give this or `target`.")
     target: MacsTarget | None = Field(default=None, description="Drop until this is met; give this or `count`.")
-    scope: Globs = Field(default=("*",), min_length=1, description="Globs over module names that may be dropped.")
+    scope: Globs = Field(
+        default=("*",), min_length=1, description="Globs over module names, or roles, that may be dropped."
+    )
     metric: Literal["val_loss", "distill_loss"] = Field(
         default="val_loss",
         description="What judges a removal: the validation loss, or the distance to the baseline's outputs.",

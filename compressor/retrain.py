@@ -48,7 +48,9 @@ def retrain(
     options = loop_options(stage, precision) | {"epochs": None, "steps": steps, "patience": None}
     with (
         measure_memory() as memory,
-        freezing_as_told(network.module, stage, where=f"stages[{index}]", folder=cache_dir()) as frozen,
+        freezing_as_told(
+            network.module, stage, where=f"stages[{index}]", folder=cache_dir(), example=torch.zeros(1, *network.input)
+        ) as frozen,
     ):
         finetune(
             network.module,

@@ -21,7 +21,9 @@ from compressor.folding import equalize_depthwise, fold_batchnorm
 from compressor.inference import evaluate
 from compressor.memory import measure_memory
 from compressor.models.counting import count
+from compressor.outputs import named_tensors
 from compressor.pruning.groups import resolve_scope
+from compressor.pruning.roles import named_layers
 from compressor.quantization import quantize, resolve_overflow_fix
 from compressor.report import Footprint
 from compressor.structure import drop_blocks_stage, prune_stage, reduce_channels_stage, replace_kernels_stage
@@ -100,11 +102,12 @@ def not_finite(module: nn.Module) -> list[str]:
     ]
 
 
-def _signature(module: nn.Module, example: Tensor) -> tuple[tuple[int, ...], str]:
+def _signature(module: nn.Module, example: Tensor) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and type of every output."""
     module.eval()
     with torch.no_grad():
-        out = module(example)
-    return tuple(out.shape), str(out.dtype)
+        outputs = named_tensors(module(example))
+    return {name: (tuple(value.shape), str(value.dtype)) for name, value in outputs.items()}
 
 
 def _footprint(network: Network, context: Context, work: Work) -> Footprint:
@@ -135,7 +138,8 @@ def _finetune(module: nn.Module, stage: spec.Finetune, context: Context, assignm
 def _quantize(
     module: nn.Module, stage: spec.Quantize, context: Context, assignment: Assignment, work: Work
 ) -> nn.Module:
-    resolve_scope(module, stage.ignored_scope, where=f"{assignment.where}.ignored_scope")
+    resolve_scope(module, stage.ignored_scope, where=f"{assignment.where}.ignored_scope", example=context.example)
+    ignored = named_layers(module, stage.ignored_scope, context.example)
     pairs = fold_batchnorm(module, context.example)
     work.edits.append({"type": "fold_bn", "pairs": [list(pair) for pair in pairs]})
     train = context.data.train
@@ -147,7 +151,7 @@ def _quantize(
             module,
             calibration,
             preset=stage.preset,
-            ignored_scope=stage.ignored_scope,
+            ignored_scope=ignored,
             residual=stage.residual,
             per_channel_activations=stage.per_channel_activations,
             overflow_fix=stage.overflow_fix,

@@ -54,7 +54,7 @@ def _loss_batches(context: Context, count_batches: int, size: int, seed: int) ->
     ]
 
 
-def check_scopes(module: nn.Module, stages: Iterable[spec.Stage]) -> None:
+def check_scopes(module: nn.Module, stages: Iterable[spec.Stage], example: Tensor) -> None:
     """Every glob of every stage names something in the network; known before the first stage, not hours into the run.
 
     Raises:
@@ -62,10 +62,10 @@ def check_scopes(module: nn.Module, stages: Iterable[spec.Stage]) -> None:
     """
     for index, stage in enumerate(stages):
         for key in ("scope", "ignored_scope"):
-            resolve_scope(module, getattr(stage, key, ()), where=f"stages[{index}].{key}")
+            resolve_scope(module, getattr(stage, key, ()), where=f"stages[{index}].{key}", example=example)
         for key, options in (("", stage), (".recovery", getattr(stage, "recovery", None))):
             if isinstance(options, spec.Training):
-                resolve_freeze(module, options.freeze, where=f"stages[{index}]{key}.freeze")
+                resolve_freeze(module, options.freeze, where=f"stages[{index}]{key}.freeze", example=example)
 
 
 def choose_channels(
@@ -105,7 +105,9 @@ def _groups(
     module: nn.Module, example: Tensor, stage: spec.Prune | spec.ReduceChannels, where: str
 ) -> list[ChannelGroup]:
     return find_groups(
-        module, example, ignored=resolve_scope(module, stage.ignored_scope, where=f"{where}.ignored_scope")
+        module,
+        example,
+        ignored=resolve_scope(module, stage.ignored_scope, where=f"{where}.ignored_scope", example=example),
     )
 
 
@@ -243,16 +245,16 @@ def _reinitialise(module: nn.Module, seed: int) -> None:
             child.reset_parameters()  # type: ignore[operator]
 
 
-def choose_kernels(module: nn.Module, stage: spec.ReplaceKernels, *, where: str) -> list[str]:
+def choose_kernels(module: nn.Module, example: Tensor, stage: spec.ReplaceKernels, *, where: str) -> list[str]:
     """Names of the convolutions that become 1x1.
 
     Raises:
         RecipeError: the scope holds none that could.
     """
-    ignored = resolve_scope(module, stage.ignored_scope, where=f"{where}.ignored_scope")
-    resolve_scope(module, stage.scope, where=f"{where}.scope")
+    ignored = resolve_scope(module, stage.ignored_scope, where=f"{where}.ignored_scope", example=example)
+    resolve_scope(module, stage.scope, where=f"{where}.scope", example=example)
     with located(where):
-        names = [name for name in find_kernels(module, stage.scope) if name not in ignored]
+        names = [name for name in find_kernels(module, stage.scope, example=example) if name not in ignored]
     if not names:
         raise RecipeError(f"{where}.ignored_scope: leaves no convolution of {list(stage.scope)} to replace")
     return names
@@ -262,7 +264,7 @@ def replace_kernels_stage(
     module: nn.Module, stage: spec.ReplaceKernels, context: Context, assignment: Assignment, work: Work
 ) -> None:
     """Turn k x k convolutions into 1x1."""
-    names = choose_kernels(module, stage, where=assignment.where)
+    names = choose_kernels(module, context.example, stage, where=assignment.where)
     replace_kernels(module, names, init=stage.init, seed=assignment.seed)
     work.edits.append({"type": "replace_kernels", "modules": names})
     work.details["modules"] = names
@@ -275,7 +277,7 @@ def choose_blocks(module: nn.Module, example: Tensor, stage: spec.DropBlocks, *,
     Raises:
         RecipeError: there are none, or fewer than `count` and `min_blocks` need.
     """
-    scope = resolve_scope(module, stage.scope, where=f"{where}.scope")
+    scope = resolve_scope(module, stage.scope, where=f"{where}.scope", example=example)
     blocks = [name for name in find_blocks(module, example) if name in scope]
     if not blocks:
         raise RecipeError(

@@ -23,6 +23,7 @@ from compressor.errors import TrainingError
 from compressor.feed import NOTHING_FROZEN, Frozen, open_feed
 from compressor.frozen_prefix import train_mode
 from compressor.inference import arithmetic, choose_precision, evaluate, predict
+from compressor.outputs import logits_of
 from compressor.preprocess import InputSpec
 
 log = logging.getLogger(__name__)
@@ -233,7 +234,7 @@ def finetune(
                 for group in opt.param_groups:
                     group["lr"] = learning_rate * factor(result.steps / total)
                 with arithmetic(dtype, device):
-                    outputs = feed.trained(batch.inputs)
+                    outputs = logits_of(feed.trained(batch.inputs))
                 loss = loss_of(outputs.float(), batch.labels, label_smoothing, targets, distill)
                 losses.append(float(loss.detach()))
                 if not math.isfinite(losses[-1]):

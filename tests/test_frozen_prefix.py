@@ -369,14 +369,18 @@ def test_a_layer_that_was_not_trained_before_is_not_trained_after() -> None:
 
 
 def test_globs_are_checked() -> None:
-    module = network()
-    assert resolve_freeze(module, ["block1"], where="x") == {"block1", "block1.conv", "block1.norm"}
+    module, example = network(), torch.zeros(1, 3, 16, 16)
+    assert resolve_freeze(module, ["block1"], where="x", example=example) == {
+        "block1",
+        "block1.conv",
+        "block1.norm",
+    }
     with pytest.raises(
         RecipeError, match=r"stages\[1\]\.freeze\[1\]: 'blok1' matches no module; did you mean 'block1'"
     ):
-        resolve_freeze(module, ["stem", "blok1"], where="stages[1].freeze")
+        resolve_freeze(module, ["stem", "blok1"], where="stages[1].freeze", example=example)
     with pytest.raises(RecipeError, match=r"stages\[1\]\.freeze: \['\*'\] leave no layer to train; leave out 'head'"):
-        resolve_freeze(module, ["*"], where="stages[1].freeze")
+        resolve_freeze(module, ["*"], where="stages[1].freeze", example=example)
 
 
 def test_nothing_frozen_is_nothing_said() -> None:

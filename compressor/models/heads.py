@@ -3,7 +3,6 @@
 Invariant: found by running the network, not by its name; looking changes nothing in the network.
 """
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import RecipeError, UnsupportedModelError
+from compressor.outputs import named_tensors
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,7 @@ def look(module: nn.Module, example: Tensor) -> Look:
             hook.remove()
         for layer, training in modes:
             layer.training = training
-    tables = [value for value in _tensors(output) if value.dim() == 2 and len(value) == len(example)]
-    if not tables:
-        raise UnsupportedModelError(
-            "the network's output has no tensor of shape (images, classes); only classifiers can be compressed"
-        )
+    tables = [value for value in named_tensors(output).values() if value.dim() == 2 and len(value) == len(example)]
     direct = next((name for name, _, out in seen if out is tables[0]), None)
     widths = tuple(value.shape[1] for value in tables)
     return Look(widths, tuple((name, width) for name, width, _ in seen), direct)
@@ -74,17 +70,6 @@ def look(module: nn.Module, example: Tensor) -> Look:
 
 def _is_candidate(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1))
-
-
-def _tensors(output: object) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, list | tuple):
-        for value in output:
-            yield from _tensors(value)
 
 
 def find_head(seen: Look, classes: int) -> str | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from compressor.errors import RecipeError, did_you_mean
 from compressor.pruning.coupling import WRITERS, ChannelGroup, Member, couple_channels
 from compressor.pruning.oracle import holds, randomised_twin
+from compressor.pruning.roles import PREFIX, find_roles
 
 __all__ = ["ChannelGroup", "Member", "find_groups", "resolve_scope"]
 
@@ -48,8 +49,10 @@ def find_groups(module: nn.Module, example: Tensor, *, ignored: Collection[str])
     ]
 
 
-def resolve_scope(module: nn.Module, globs: Iterable[str], *, where: str) -> set[str]:
-    """Return the names of all modules that match a glob, and of everything inside them.
+def resolve_scope(module: nn.Module, globs: Iterable[str], *, where: str, example: Tensor | None = None) -> set[str]:
+    """Return the names of all modules that match a glob or have a role, and of everything inside them.
+
+    Entries that begin with `role:` are looked up by `find_roles`, which needs an example input.
 
     Args:
         module: The network.
@@ -62,12 +65,25 @@ def resolve_scope(module: nn.Module, globs: Iterable[str], *, where: str) -> set
     names = [name for name, _ in module.named_modules() if name]
     found: set[str] = set()
     for position, glob in enumerate(globs):
+        if glob.startswith(PREFIX):
+            found |= _with_role(module, glob, f"{where}[{position}]", example)
+            continue
         matches = fnmatch.filter(names, glob)
         if not matches:
             raise RecipeError(f"{where}[{position}]: '{glob}' matches no module{did_you_mean(glob, names)}")
         for match in matches:
             found.update(name for name in names if name == match or name.startswith(f"{match}."))
     return found
+
+
+def _with_role(module: nn.Module, entry: str, where: str, example: Tensor | None) -> set[str]:
+    assert example is not None, "roles are read off a pass of the network, which needs an input"
+    roles = find_roles(module, example)
+    if entry.removeprefix(PREFIX) not in roles:
+        known = [PREFIX + role for role in sorted(roles)]
+        near = did_you_mean(entry, known)
+        raise RecipeError(f"{where}: no layer has '{entry}'; this network has {', '.join(known)}{near}")
+    return roles[entry.removeprefix(PREFIX)]
 
 
 def _apply_ignored(group: ChannelGroup, ignored: Collection[str]) -> ChannelGroup:

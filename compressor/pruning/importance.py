@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressor.errors import DataError, RecipeError, did_you_mean
+from compressor.outputs import logits_of
 from compressor.pruning.coupling import SIZES, ChannelGroup, Member
 
 Importance = Literal["magnitude", "taylor", "random"]
@@ -140,7 +141,7 @@ def _taylor(
     seen = 0
     with _differentiable(module):
         for images, labels in batches:
-            value = loss(module(images), labels)
+            value = loss(logits_of(module(images)), labels)
             # `autograd.grad` leaves every `.grad` alone, also that of parameters outside the groups.
             gradients = torch.autograd.grad(value, [slot[2] for slot in slots], allow_unused=True)
             products: dict[str, dict[str, Tensor]] = {name: {} for name in names}

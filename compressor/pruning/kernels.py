@@ -14,7 +14,9 @@ from compressor.pruning.coupling import is_depthwise
 from compressor.pruning.groups import resolve_scope
 
 
-def find_kernels(module: nn.Module, scope: Iterable[str], *, where: str = "scope") -> tuple[str, ...]:
+def find_kernels(
+    module: nn.Module, scope: Iterable[str], *, where: str = "scope", example: Tensor | None = None
+) -> tuple[str, ...]:
     """Return the convolutions in a scope that can become 1 x 1, in network order.
 
     Depthwise convolutions, alone or in separable pairs, are taken wherever a glob reaches them: they mix space only and
@@ -25,13 +27,14 @@ def find_kernels(module: nn.Module, scope: Iterable[str], *, where: str = "scope
         module: The network.
         scope: Globs over module names, as in `resolve_scope`.
         where: Recipe path of the list, for messages.
+        example: Input `(N, C, H, W)`, needed where the scope names roles.
 
     Raises:
         RecipeError: If a glob matches no module, a layer named in full cannot be replaced (the message says why), or
             nothing in the scope can.
     """
     globs = list(scope)
-    reached = resolve_scope(module, globs, where=where)
+    reached = resolve_scope(module, globs, where=where, example=example)
     found = []
     refused: list[str] = []
     for name, layer in module.named_modules():
