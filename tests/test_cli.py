@@ -148,7 +148,10 @@ def test_run_gets_what_was_given(replace: Callable[[str, Command], None]) -> Non
         (["bench", "x.xml", "--calls", "0"], "--calls: found '0', allowed an integer >= 1"),
         (["bench", "x.xml", "--threads", "two"], "--threads: found 'two', allowed an integer >= 1"),
         (["weights", "fecth", "xception"], "invalid choice: 'fecth'"),
-        (["weights", "fetch", "xcepton"], "'xcepton' is not known; allowed: xception; did you mean 'xception'?"),
+        (
+            ["weights", "fetch", "xcepton"],
+            "'xcepton' is not known; allowed: xception, timm/NAME, torchvision/NAME; did you mean 'xception'?",
+        ),
         (["data", "fetch", "deepcb"], "did you mean 'deeppcb'?"),
     ],
 )

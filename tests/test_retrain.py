@@ -5,6 +5,7 @@ import os
 import subprocess
 from pathlib import Path
 
+import own_networks
 import pytest
 import torch
 from tiny_networks import PRUNE, QUANTIZE, SHORT, contents, tiny_recipe, write_recipe
@@ -97,6 +98,31 @@ def test_the_last_finetune_is_measured_by_a_child_that_finds_the_toolkit_from_an
 
 
 real = subprocess.run
+
+
+def test_a_callers_network_is_retrained_where_a_factory_can_make_it_again(
+    tiny_network: None, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_images, SHORT, PRUNE, model={"source": "custom"})
+    run = tmp_path / "run"
+    compress(recipe, run, model=own_networks.make)
+    measured = retrain(run, run / "stages" / "01-prune", 0, 2, "auto", "own_networks:make")
+    assert 0 < measured["average_bytes"] <= measured["peak_bytes"]
+
+
+def test_the_child_is_told_the_factory_and_a_bare_module_is_not_measured(
+    tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = Context(torch.zeros(1, 3, 48, 48), None, "cpu", tmp_path)  # type: ignore[arg-type]
+    seen: list[list[str]] = []
+    done = subprocess.CompletedProcess([], 0, "{}", "")
+    monkeypatch.setattr(proof.subprocess, "run", lambda command, **_: seen.append(command) or done)
+    for name in ("own_networks:make", "own_networks.OwnNetwork"):
+        recipe = Recipe.model_validate(tiny_recipe(tiny_images, SHORT, model={"source": "custom", "name": name}))
+        measured = proof._retrain_memory(context, recipe, [{"type": "finetune"}])
+        assert ("error" in measured) == (":" not in name)
+    assert [command[-2:] for command in seen] == [["auto", "own_networks:make"]]
+    assert "--factory names one it can" in measured["error"]
 
 
 def test_what_cannot_be_measured_says_why(

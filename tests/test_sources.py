@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from compressor.backbone import build_dense, input_spec, resolve_input
 from compressor.checkpoint import Network, load_network, save_network
+from compressor.cli import main
 from compressor.errors import RecipeError, ResourceError, UnsupportedModelError
 from compressor.models import build, custom, heads, lite, zoo
 from compressor.models import weights as weights_module
@@ -492,3 +493,21 @@ def test_recipes_import_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for source in ("timm", "torchvision", "plugin", "custom"):
         with pytest.raises(RecipeError):
             build(source, "trap:make", {}, 2)
+
+
+def test_the_command_line_plans_an_own_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its factory lies in the working folder, which is no package path."""
+    stages = [*STAGES, {"type": "prune", "target": {"macs": "0.5x"}, "round_to": 4, "min_channels": 4}]
+    content = {"version": 1, "data": {"source": "synthetic_pcb"}, "input": {"size": 48}, "stages": stages}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(content))  # no model section: it would be replaced anyway
+    source = Path(own_networks.__file__).read_text()
+    (tmp_path / "nets_of_mine.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert main(["plan", "recipe.yaml", "--factory", "nets_of_mine:make", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["stages"][1]["macs"] <= 0.5 * planned["baseline"]["macs"]
+    assert main(["plan", "recipe.yaml"]) == 2
+    assert "model: found nothing" in capsys.readouterr().err
