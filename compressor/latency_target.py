@@ -74,16 +74,16 @@ def search_macs(probe: Callable[[int], Probe], *, smallest: int, largest: int) -
             f"({last.latency_ms / last.baseline_ms:.2f}x to {first.latency_ms / first.baseline_ms:.2f}x of the "
             "baseline). A smaller min_channels or round_to, or less in ignored_scope, reaches further"
         )
-    low, high = smallest, largest  # low is fast enough, high is not
+    low, high = smallest, first.macs  # low is fast enough, high is not
     for _ in range(PROBES):
         middle = (low + high) // 2
-        if middle in (low, high):
+        if middle <= low:
             break
         probes.append(probe(middle))
         if probes[-1].met:
             low = middle
         else:
-            high = middle
+            high = probes[-1].macs  # any target from there to `middle` gives this very network
     return low, probes
 
 

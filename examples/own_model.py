@@ -1,6 +1,6 @@
 """Your own network and your own folder of images: pruned to a latency, exported and verified.
 
-    python examples/own_model.py [--images FOLDER] [--latency 0.7x] [--out runs/own_model]
+    python examples/own_model.py [--images FOLDER] [--latency 0.45x] [--out runs/own_model]
 
 FOLDER holds train/CLASS/*.png and test/CLASS/*.png; without one, shapes are drawn. Latency: ms, or a fraction.
 """
@@ -60,7 +60,7 @@ def draw_shapes(folder: Path, size: int = 64) -> Path:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path)
-    parser.add_argument("--latency", default="0.7x", type=lambda text: text if text.endswith("x") else float(text))
+    parser.add_argument("--latency", default="0.45x", type=lambda text: text if text.endswith("x") else float(text))
     parser.add_argument("--out", type=Path, default=Path("runs/own_model"))
     args = parser.parse_args()
     images = args.images or draw_shapes(Path(tempfile.mkdtemp(prefix="shapes")))

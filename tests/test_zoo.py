@@ -16,7 +16,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 SIZE = 64
 PRUNED = (
     "timm/regnetx_002",
-    "timm/ghostnet_100",
+    "torchvision/mnasnet0_5",
     "timm/dla46_c",
     "timm/convnext_atto",
     "timm/repvgg_a0",
