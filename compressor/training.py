@@ -23,6 +23,7 @@ from compressor.errors import TrainingError
 from compressor.feed import NOTHING_FROZEN, Frozen, open_feed
 from compressor.frozen_prefix import train_mode
 from compressor.inference import arithmetic, choose_precision, evaluate, predict
+from compressor.models.weights import restore
 from compressor.outputs import logits_of
 from compressor.preprocess import InputSpec
 
@@ -238,7 +239,7 @@ def finetune(
                 loss = loss_of(outputs.float(), batch.labels, label_smoothing, targets, distill)
                 losses.append(float(loss.detach()))
                 if not math.isfinite(losses[-1]):
-                    module.load_state_dict(good)
+                    restore(module, good, strict=True)
                     raise TrainingError(
                         f"the loss became {losses[-1]} at step {result.steps + 1} of {total} (epoch {epoch + 1}); the "
                         f"last good weights are kept. Lower learning_rate (now {learning_rate:g}), set clip_norm, or "
@@ -257,20 +258,20 @@ def finetune(
         mean_loss = float(np.mean(losses))
         first = result.history[0].loss if result.history else losses[0]
         if mean_loss > DIVERGED * max(first, chance):
-            module.load_state_dict(good)
+            restore(module, good, strict=True)
             raise TrainingError(
                 f"training diverged: mean loss {mean_loss:.3g} in epoch {epoch + 1}, {first:.3g} at first; the last"
                 f" good weights are kept. Lower learning_rate (now {learning_rate:g})"
             )
         trained = snapshot(module) if average else None
         if average:
-            module.load_state_dict(average.state)
+            restore(module, average.state, strict=True)
         with clock("validation"):
             accuracy, val_loss = evaluate(
                 feed.trained, val, spec, device=device, dtype=dtype, features=feed.val_features
             )
         if not math.isfinite(val_loss):
-            module.load_state_dict(good)
+            restore(module, good, strict=True)
             raise TrainingError(
                 f"the validation loss became {val_loss} after epoch {epoch + 1}; the last good weights are kept. Lower "
                 f"learning_rate (now {learning_rate:g}) or set clip_norm"
@@ -280,7 +281,7 @@ def finetune(
             result.best_epoch, result.val_accuracy, result.val_loss = epoch, accuracy, val_loss
             good = snapshot(module)
         if trained is not None:
-            module.load_state_dict(trained)
+            restore(module, trained, strict=True)
         seconds = clock.elapsed()
         lr = opt.param_groups[0]["lr"]
         result.history.append(Epoch(epoch, mean_loss, accuracy, val_loss, lr, seconds))
@@ -297,7 +298,7 @@ def finetune(
         risen = max(range(len(result.history)), key=lambda i: result.history[i].val_accuracy)
         if result.steps == total or (patience and epoch - risen >= patience):
             break
-    module.load_state_dict(good)
+    restore(module, good, strict=True)
     module.eval()
     if result.best_epoch < 0:
         log.warning(
