@@ -20,8 +20,8 @@ def find_roles(module: nn.Module, example: Tensor) -> dict[str, set[str]]:
     `stem`: from the input up to, not including, the second convolution that runs. `head`: what runs after the last
     layer whose output is a map of more than one position: the classifier, and what lies between it and the pooling.
     `body`: the rest. `strideN`: layers of the body whose map is N times smaller than the image, N a power of two; what
-    works on pooled values in between (squeeze-excite) counts as what runs before it. A container has a role when all layers with
-    parameters inside it have it.
+    works on pooled values in between (squeeze-excite) counts as what runs before it. A container has a role when all
+    layers with parameters inside it have it.
 
     Args:
         module: Network whose forward takes one tensor.
