@@ -56,7 +56,7 @@ COLUMNS = ("prune", "oracle", "train", "fold", "int8", "onnx", "ir", "reload")
 FLOAT_LIMIT, RELOAD_LIMIT, SQNR_LIMIT = 1e-4, 1e-6, 25.0
 ROUNDINGS = (8, 4, 2, 1)  # narrow networks have too few channels for multiples of eight
 IMAGES = 32
-CALIBRATION = 16
+CALIBRATION = 32
 
 
 @dataclass

@@ -92,6 +92,9 @@ _ARGS = {name: {"aux_logits": False, "init_weights": True} for name in ("googlen
 _GLOBAL = {"resnet18", "mobilenetv2_100", "densenet121", "regnetx_004", "cspresnet50", "vgg11_bn"}
 
 
+_DIRECTIONS = 2  # of the features that the logits are mixed from
+
+
 @dataclass(frozen=True)
 class Row:
     """A backbone of the table; `ranking` is how its channels are ranked."""
@@ -132,6 +135,13 @@ def build_network(row: Row) -> nn.Module:
             # Residual branches that start switched off: zero scales of their last BatchNorm, small layer scales, gains.
             if not name.endswith("bias") and float(value.abs().max()) < 1e-3:
                 value.fill_(1.0)
+        # Shifts that leave most of each activation's input on one side, as training does: with none a deep random
+        # network amplifies every rounding, and no two runtimes agree about it.
+        generator = torch.Generator().manual_seed(0)
+        for layer in module.modules():
+            if isinstance(layer, _NORMS) and layer.weight is not None:
+                layer.weight.copy_(0.5 + 0.6 * torch.rand(layer.weight.shape, generator=generator))
+                layer.bias.copy_(0.8 + 0.8 * torch.rand(layer.bias.shape, generator=generator))
     return module.eval()
 
 
@@ -172,10 +182,14 @@ def settle(module: nn.Module, x: Tensor) -> None:
 
 
 def _scale_logits(module: nn.Module, x: Tensor) -> None:
-    """Scale and centre the layer that makes the logits: the last one of `CLASSES` outputs."""
-    heads: list[tuple[nn.Module, Tensor]] = []
+    """Fit the layer that makes the logits, the last one of `CLASSES` outputs, for logits of unit variance over inputs.
+
+    A linear head reads the directions in which the features differ most, as a trained one would. Random directions hold
+    next to none of what tells inputs apart, and the rounding of every layer.
+    """
+    heads: list[tuple[nn.Module, Tensor, Tensor]] = []
     hooks = [
-        layer.register_forward_hook(lambda layer, _inputs, out: heads.append((layer, out)))
+        layer.register_forward_hook(lambda layer, inputs, out: heads.append((layer, inputs[0], out)))
         for layer in module.modules()
         if isinstance(layer, nn.Linear | nn.Conv2d) and layer.weight.shape[0] == CLASSES
     ]
@@ -183,8 +197,14 @@ def _scale_logits(module: nn.Module, x: Tensor) -> None:
         logits = module(x)
         for hook in hooks:
             hook.remove()
-        head, out = heads[-1]
+        head, features, out = heads[-1]
         assert isinstance(head, nn.Linear | nn.Conv2d)
+        if features.flatten(1).shape[1] == head.weight[0].numel() and bool(features.isfinite().all()):
+            features = features.flatten(1)
+            _, _, directions = torch.linalg.svd(features - features.mean(0), full_matrices=False)
+            mix = torch.randn(CLASSES, _DIRECTIONS, generator=torch.Generator().manual_seed(0))
+            head.weight.copy_((mix @ directions[:_DIRECTIONS]).reshape(head.weight.shape))
+            logits = module(x)
         spread = float(logits.var(0).mean().sqrt())
         if not 0 < spread < float("inf"):
             return  # the gates say so

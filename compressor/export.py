@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, cast
 
 import numpy as np
 import onnx
+import onnxruntime
 import onnxsim
 import openvino as ov
 import torch
@@ -27,13 +29,17 @@ from torch import nn
 from compressor.artifacts import atomic_write, write_via
 from compressor.data.files import label_of
 from compressor.errors import ResourceError, UnsupportedModelError
+from compressor.outputs import AsTuple, named_tensors
 from compressor.preprocess import InputSpec, embed_preprocessing
+from compressor.runtime import F32
 
 log = logging.getLogger(__name__)
 
 OPSET = 17  # the first with everything needed; onnxruntime and OpenVINO of the edge device may be older than ours
 _PLANES = "planes"  # normalised RGB planes, the network proper's input
 _QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
+_EXPORT_DIFFERENCE = 1e-3  # of an output's range, with whatever weights a network comes with
+_HOOKS = "__nncf_hooks"  # NNCF 3.4 keeps its quantisers below this name
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,10 @@ def trace_int8(quantized: nn.Module, spec: InputSpec, *, opset: int = OPSET) -> 
 
     The input module stays trainable: a copy is stripped (NNCF's `NATIVE` form: PyTorch's own fake quantisers).
 
+    A BatchNorm that `fold_batchnorm` could not fold runs in float between them.
+
     Raises:
-        UnsupportedModelError: A BatchNorm is left between the quantisers; `fold_batchnorm` comes before `quantize`.
+        UnsupportedModelError: The exporter cannot write the network.
     """
     for name in ("torchao", "torch.utils._pytree"):
         # torchao 0.18, which only `strip` needs, warns about CUDA parts it does not find and about its own enums.
@@ -99,14 +107,59 @@ def trace_int8(quantized: nn.Module, spec: InputSpec, *, opset: int = OPSET) -> 
     import nncf
 
     example = torch.zeros(1, 3, spec.height, spec.width, device=next(quantized.parameters()).device)
-    stripped = nncf.strip(quantized, do_copy=True, strip_format=nncf.StripFormat.NATIVE, example_input=example)
+    own = _unshared(copy.deepcopy(quantized))
+    stripped = nncf.strip(own, do_copy=False, strip_format=nncf.StripFormat.NATIVE, example_input=example)
     network = _simplified(_traced(stripped, spec, opset))
-    if left := count_nodes(network, "BatchNormalization"):
-        raise UnsupportedModelError(
-            f"INT8 ONNX: {left} BatchNormalization nodes are left between the quantisers; fold them before quantizing"
-        )
     _store_weights_as_int8(network)
     return network
+
+
+def _unshared(quantized: nn.Module) -> nn.Module:
+    """Give every place its own quantiser; NNCF shares one among the inputs of a concatenation, and `strip` then
+    replaces it in one place only (3.4)."""
+    seen: set[int] = set()
+    for name, layer in list(quantized.named_modules(remove_duplicate=False)):
+        if id(layer) in seen and _HOOKS in name:
+            parent, _, leaf = name.rpartition(".")
+            quantized.get_submodule(parent).add_module(leaf, copy.deepcopy(layer))
+        seen.add(id(layer))
+    return quantized
+
+
+def check_exportable(module: nn.Module, spec: InputSpec) -> None:
+    """Demand that the network can be written, and that onnxruntime and OpenVINO compute what torch computes.
+
+    Known in seconds, before a stage is trained.
+
+    Raises:
+        UnsupportedModelError: It cannot, or a runtime gives other outputs for a random image.
+    """
+    network = trace_float(module, spec)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 3, spec.height, spec.width, generator=generator)
+    twin = copy.deepcopy(module).cpu().eval()
+    with torch.no_grad():
+        wanted = {name: value.numpy() for name, value in named_tensors(twin(x)).items()}
+    name = type(module).__name__
+    try:
+        session = onnxruntime.InferenceSession(network.SerializeToString(), providers=["CPUExecutionProvider"])
+        got = {"onnxruntime": session.run(list(wanted), {_PLANES: x.numpy()})}
+        converted = ov.convert_model(io.BytesIO(network.SerializeToString()))
+        compiled = ov.compile_model(converted, "CPU", F32)
+        got["OpenVINO"] = [np.asarray(value) for value in compiled([x.numpy()]).values()]
+    except Exception as error:  # whatever the runtimes raise on an operation that they do not have
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise UnsupportedModelError(
+            f"{name}: its ONNX form cannot be run ({type(error).__name__}: {reason})"
+        ) from error
+    for runtime, outputs in got.items():
+        for key, value in zip(wanted, outputs, strict=True):
+            difference = float(np.abs(value - wanted[key]).max()) / max(float(np.ptp(wanted[key])), 1e-6)
+            if not difference <= _EXPORT_DIFFERENCE:
+                raise UnsupportedModelError(
+                    f"{name}: {runtime} gives another '{key}' than torch ({difference:.1e} of its range) for a random "
+                    "image; a network must compute by its input alone"
+                )
 
 
 def count_nodes(network: onnx.ModelProto, *kinds: str) -> int:
@@ -116,7 +169,7 @@ def count_nodes(network: onnx.ModelProto, *kinds: str) -> int:
 
 def per_channel_activations(network: onnx.ModelProto) -> bool:
     """Whether some activation has a scale per channel, which onnxruntime refuses for convolutions."""
-    constants = {tensor.name: tensor for tensor in network.graph.initializer}
+    constants = _constants(network)
     return any(
         node.op_type == "QuantizeLinear"
         and node.input[0] not in constants
@@ -129,37 +182,77 @@ def _traced(module: nn.Module, spec: InputSpec, opset: int) -> onnx.ModelProto:
     # The TorchScript exporter: on Xception four times faster than the dynamo one (torch 2.13), which cannot trace
     # NNCF's quantisers at all.
     buffer = io.BytesIO()
-    module = module.cpu().eval()
+    network = module.cpu().eval()
     example = torch.zeros(1, 3, spec.height, spec.width)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecation of this exporter, and notes on constants found while tracing
-        torch.onnx.export(
-            module,
-            (example,),
-            buffer,  # type: ignore[arg-type]  # this exporter takes it; a file would be outside the run
-            dynamo=False,
-            opset_version=opset,
-            input_names=[_PLANES],
-            output_names=["logits"],
-            dynamic_axes={_PLANES: {0: "N"}, "logits": {0: "N"}},
-        )
+        with torch.no_grad():
+            output = network(example)
+        names = list(named_tensors(output))
+        try:
+            torch.onnx.export(
+                network if isinstance(output, torch.Tensor) else AsTuple(network),
+                (example,),
+                buffer,  # type: ignore[arg-type]  # this exporter takes it; a file would be outside the run
+                dynamo=False,
+                opset_version=opset,
+                input_names=[_PLANES],
+                output_names=names,
+                dynamic_axes={name: {0: "N"} for name in (_PLANES, *names)},
+            )
+        except Exception as error:  # the exporter raises whatever an operation it does not know leads to
+            reason = next(iter(str(error).splitlines()), "")
+            raise UnsupportedModelError(
+                f"{type(module).__name__}: the ONNX exporter cannot write it ({type(error).__name__}: {reason})"
+            ) from error
     return onnx.load_model_from_string(buffer.getvalue())
 
 
 def _simplified(network: onnx.ModelProto) -> onnx.ModelProto:
-    before = count_nodes(network, *_QUANTIZERS)
-    simplified, same = onnxsim.simplify(network)
-    if not same or count_nodes(simplified, *_QUANTIZERS) != before:
+    before = _quantized_reads(network)
+    try:
+        simplified, same = onnxsim.simplify(network)
+    except Exception as error:  # an optional step of a library of its own; the graph as traced is as right
+        log.warning("onnxsim failed (%s); the ONNX graph stays as traced", error)
+        return network
+    if not same or _quantized_reads(simplified) != before:
         log.warning("onnxsim changed the network or its quantisers; the ONNX graph stays as traced")
         return network
     del simplified.metadata_props[:]  # onnxsim's diary of what it did
     return cast(onnx.ModelProto, simplified)
 
 
+def _quantized_reads(network: onnx.ModelProto) -> Counter[tuple[str, int]]:
+    """How many operations of each kind read how many quantised inputs; merging equal quantisers does not change it."""
+    quantised = {node.output[0] for node in network.graph.node if node.op_type == "DequantizeLinear"}
+    reads = Counter(
+        (node.op_type, sum(name in quantised for name in node.input))
+        for node in network.graph.node
+        if node.op_type not in (*_QUANTIZERS, "Identity", "Cast")
+    )
+    return Counter({kind: count for kind, count in reads.items() if kind[1]})
+
+
+def _constants(network: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
+    """Constant tensors by every name they are read by, through nodes that hand them on."""
+    found = {tensor.name: tensor for tensor in network.graph.initializer}
+    for node in network.graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            found[node.output[0]] = node.attribute[0].t
+        elif node.op_type == "Identity" and node.input[0] in found:
+            found[node.output[0]] = found[node.input[0]]
+        elif node.op_type == "Cast" and node.input[0] in found:
+            to = onnx.helper.tensor_dtype_to_np_dtype(node.attribute[0].i)
+            values = numpy_helper.to_array(found[node.input[0]]).astype(to)
+            found[node.output[0]] = numpy_helper.from_array(values, node.output[0])
+    return found
+
+
 def _store_weights_as_int8(network: onnx.ModelProto) -> None:
     """Replace each QuantizeLinear of a constant by its int8 result, in place: same values, a quarter of the file."""
     graph = network.graph
-    constants = {tensor.name: tensor for tensor in graph.initializer}
+    own = {tensor.name for tensor in graph.initializer}
+    constants = _constants(network)
     readers: dict[str, int] = {}
     for node in graph.node:
         for name in node.input:
@@ -170,7 +263,7 @@ def _store_weights_as_int8(network: onnx.ModelProto) -> None:
         stored = numpy_helper.from_array(_quantized(weight, scale, zero, axis), node.output[0])
         graph.initializer.append(stored)
         graph.node.remove(node)
-        if readers[node.input[0]] == 1:
+        if readers[node.input[0]] == 1 and node.input[0] in own:
             graph.initializer.remove(constants[node.input[0]])
 
 

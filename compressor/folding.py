@@ -4,6 +4,8 @@ Invariant: in evaluation mode the network computes the same function before and 
 """
 
 import contextlib
+import copy
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, cast
 
@@ -20,6 +22,9 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # Exponent of the channel ranges: 1 makes all of them equal and moves the whole spread into the next weights, 0 does
 # nothing; the square root shares it between the two, as arXiv 1906.04721 does.
 _SHARE = 0.5
+_TOLERANCE = (
+    1e-2  # of the output's range; a wrong fold changes it by about the range, rounding in deep networks by less
+)
 
 
 class _UseCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -47,8 +52,9 @@ def fold_batchnorm(module: nn.Module, example: Tensor) -> list[tuple[str, str]]:
     """Fold every BatchNorm that alone reads one convolution's output into that convolution, in place.
 
     The pairs are found in the data flow of one evaluation pass, so names and registration order do not matter. Products
-    are formed in float64 and stored in the convolution's own type. Pairs that cannot be folded (shared or parametrised
-    weights, no running statistics, a convolution whose output something else reads too) are left as they are.
+    are formed in float64 and stored in the convolution's own type. Pairs that cannot be folded (shared, parametrised or
+    computed weights, no running statistics, a convolution whose output something else reads too) are left as they are.
+    Of a norm that does more than normalise (timm's norms with their activation inside) the rest stays in its place.
 
     Args:
         module: Any convolutional network.
@@ -56,7 +62,12 @@ def fold_batchnorm(module: nn.Module, example: Tensor) -> list[tuple[str, str]]:
 
     Returns:
         Names `(convolution, norm)` in the order of execution, for `apply_fold` to repeat the structural part.
+
+    Raises:
+        UnsupportedModelError: The folded network gives other outputs; the network is then left folded.
     """
+    with _evaluating(module):
+        before = tensors_in(module(example))
     pairs = _find_pairs(module, example)
     folded: dict[str, tuple[Tensor, Tensor]] = {}
     with torch.no_grad():
@@ -82,11 +93,28 @@ def fold_batchnorm(module: nn.Module, example: Tensor) -> list[tuple[str, str]]:
             assert conv.bias is not None
             conv.weight.copy_(weight)
             conv.bias.copy_(bias)
+    with _evaluating(module):
+        after = tensors_in(module(example))
+    if not all(map(_close, after, before)):
+        raise UnsupportedModelError(
+            f"fold_bn: {type(module).__name__} gives other outputs after its BatchNorms are folded; something reads "
+            "them in a way that cannot be seen"
+        )
     return pairs
 
 
+def tensors_in(output: object) -> list[Tensor]:
+    """All tensors of an output, in order."""
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _close(after: Tensor, before: Tensor) -> bool:
+    return float((after - before).abs().max()) <= _TOLERANCE * max(float(before.abs().max()), 1e-12)
+
+
 def apply_fold(module: nn.Module, pairs: Iterable[tuple[str, str]]) -> None:
-    """Give each convolution a (zero) bias and replace its norm by an identity, in place, so that a state dict loads.
+    """Give each convolution a (zero) bias and replace its norm by what it holds beside, in place, so that a state dict
+    loads: nothing (an identity), or an activation.
 
     Raises:
         UnsupportedModelError: A name is not a convolution or a norm of this module.
@@ -98,7 +126,13 @@ def apply_fold(module: nn.Module, pairs: Iterable[tuple[str, str]]) -> None:
             weight = cast(Tensor, conv.weight)
             conv.bias = nn.Parameter(torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device))
         parent, _, leaf = norm_name.rpartition(".")
-        setattr(module.get_submodule(parent), leaf, nn.Identity())
+        setattr(module.get_submodule(parent), leaf, _rest_of(module.get_submodule(norm_name)))
+
+
+def _rest_of(norm: nn.Module) -> nn.Module:
+    """What a norm does after normalising, by its children; under their own names, so that state dicts fit."""
+    children = OrderedDict(norm.named_children())
+    return nn.Sequential(children).train(norm.training) if children else nn.Identity()
 
 
 def _submodule(module: nn.Module, name: str, kinds: tuple[type[nn.Module], ...], noun: str) -> nn.Module:
@@ -112,9 +146,11 @@ def _submodule(module: nn.Module, name: str, kinds: tuple[type[nn.Module], ...],
 
 def _find_pairs(module: nn.Module, example: Tensor) -> list[tuple[str, str]]:
     """Convolutions and the BatchNorm that alone reads each one's output."""
-    return _direct_pairs(
-        module, example, _is_foldable_conv, lambda m: isinstance(m, _NORMS) and m.running_mean is not None
-    )
+    return [
+        (conv, norm)
+        for conv, norm in _direct_pairs(module, example, _is_foldable_conv, _is_foldable_norm)
+        if _is_plain_norm(module.get_submodule(norm)) and _is_plain_conv(module.get_submodule(conv))
+    ]
 
 
 def _direct_pairs(
@@ -188,7 +224,11 @@ def equalize_depthwise(module: nn.Module, batches: Sequence[Tensor]) -> list[tup
     Returns:
         Names of the equalised pairs.
     """
-    pairs = _direct_pairs(module, batches[0], _is_depthwise, _is_pointwise)
+    pairs = [
+        pair
+        for pair in _direct_pairs(module, batches[0], _is_depthwise, _is_pointwise)
+        if all(_is_plain_conv(module.get_submodule(name)) for name in pair)
+    ]
     ranges: dict[str, Tensor] = {}
 
     def observe(name: str, output: Tensor) -> None:
@@ -233,6 +273,42 @@ def _is_pointwise(child: nn.Module) -> bool:
     return (
         _is_foldable_conv(child) and isinstance(child, nn.Conv2d) and child.kernel_size == (1, 1) and child.groups == 1
     )
+
+
+def _is_foldable_norm(child: nn.Module) -> bool:
+    return isinstance(child, _NORMS) and child.running_mean is not None
+
+
+def _is_plain_norm(norm: nn.Module) -> bool:
+    """Whether a norm normalises and then does what its children do, and nothing else; classes are not trusted."""
+    assert isinstance(norm, _NORMS)
+    if type(norm) in _NORMS:
+        return True
+    axes = 1 + next(i for i, kind in enumerate(_NORMS) if isinstance(norm, kind))
+    shape = (2, norm.num_features, *[3] * axes)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(norm.running_mean)
+    with _evaluating(norm), contextlib.suppress(RuntimeError, TypeError, ValueError):
+        plain = nn.functional.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+        return bool(torch.allclose(norm(x.clone()), _rest_of(norm)(plain), rtol=1e-4, atol=1e-5))
+    return False
+
+
+def _is_plain_conv(conv: nn.Module) -> bool:
+    """Whether scaling a filter and its bias scales its output, which it does not where a layer computes its weights."""
+    assert isinstance(conv, _CONVOLUTIONS)
+    if type(conv) in _CONVOLUTIONS:
+        return True
+    generator = torch.Generator().manual_seed(0)
+    sides = [4 + (size - 1) * gap for size, gap in zip(conv.kernel_size, conv.dilation, strict=True)]
+    x = torch.randn((1, conv.in_channels, *sides), generator=generator).to(conv.weight)
+    factor = (0.5 + torch.rand(conv.out_channels, generator=generator)).to(conv.weight)
+    across = factor.reshape(-1, *[1] * len(sides))
+    twin = copy.deepcopy(conv)
+    twin.bias = nn.Parameter(1 + (0 if conv.bias is None else conv.bias.detach() * factor) * torch.ones_like(factor))
+    with _evaluating(conv), _evaluating(twin), contextlib.suppress(RuntimeError, TypeError, ValueError):
+        twin.weight.mul_(across[:, None])
+        return bool(torch.allclose(twin(x), conv(x) * across + 1, rtol=1e-3, atol=1e-4))
+    return False
 
 
 def _is_foldable_conv(child: nn.Module) -> bool:

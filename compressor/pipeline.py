@@ -26,6 +26,7 @@ from compressor.context import Assignment, Context, Work
 from compressor.data import Dataset, load_dataset
 from compressor.data.batches import to_input
 from compressor.errors import RecipeError, ResourceError, TrainingError
+from compressor.export import check_exportable
 from compressor.inference import frozen_copy
 from compressor.models import zoo
 from compressor.models.counting import count
@@ -147,6 +148,8 @@ def _prepare(recipe: Recipe, partial: Path, device: str, clock: Clock, own: Own 
             _refuse_untrained_baseline(recipe, weights)
         example = to_input(data.train.images[:1], spec, "cpu")
         check_scopes(module, recipe.stages, example)
+        if dense.architecture["source"] != "builtin":
+            check_exportable(module, spec)
     with clock("training precision"):
         precision = _training_precision(
             recipe, module, {**dense.architecture, "identity": dense.identity}, data, device

@@ -17,7 +17,7 @@ from typing import Any, Literal, cast
 from torch import Tensor, nn
 
 from compressor.environment import INT8_FEATURES, cpu_flags, prepare_process
-from compressor.errors import RecipeError, UnsupportedModelError, did_you_mean
+from compressor.errors import CompressorError, RecipeError, UnsupportedModelError, did_you_mean
 from compressor.fake_quantize import install_kernels
 
 Preset = Literal["mixed", "performance"]
@@ -32,8 +32,8 @@ class _Wrapped(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.network(x))
+    def forward(self, x: Tensor) -> Any:
+        return self.network(x)
 
 
 def _wrap(module: nn.Module) -> nn.Module:
@@ -81,7 +81,7 @@ def quantize(
         names += [name for name in _additions(module, batches[0]) if name not in names]
     network = _wrap(copy.deepcopy(module).eval())
     activations = advanced.QuantizationParameters(per_channel=None if per_channel_activations else False)
-    with _quiet_stdout():
+    with _quiet_stdout(), _named_failures(module):
         quantized = nncf.quantize(
             network,
             nncf.Dataset(list(batches)),
@@ -203,6 +203,20 @@ def _load_nncf() -> ModuleType:
     logger.setLevel(logging.WARNING)
     install_kernels()
     return cast(ModuleType, nncf)
+
+
+@contextlib.contextmanager
+def _named_failures(module: nn.Module) -> Iterator[None]:
+    """NNCF raises whatever its tracing of a foreign network leads to."""
+    try:
+        yield
+    except CompressorError:
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise UnsupportedModelError(
+            f"quantize: NNCF cannot quantize this {type(module).__name__} ({type(error).__name__}: {reason})"
+        ) from error
 
 
 @contextlib.contextmanager

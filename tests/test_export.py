@@ -17,6 +17,7 @@ from compressor import export
 from compressor.errors import ResourceError, UnsupportedModelError
 from compressor.export import (
     Published,
+    check_exportable,
     convert_float_ir,
     model_info,
     publish_float,
@@ -26,7 +27,7 @@ from compressor.export import (
     trace_int8,
 )
 from compressor.folding import fold_batchnorm
-from compressor.parity import ir_logits, onnx_logits, torch_logits
+from compressor.parity import check_int8, ir_logits, onnx_logits, torch_logits
 from compressor.preprocess import InputSpec
 from compressor.quantization import quantize
 from compressor.runtime import F32
@@ -175,7 +176,7 @@ def test_wrong_number_of_labels_is_refused() -> None:
         convert_float_ir(SeparableNetwork(), SPEC, LABELS[:5])
 
 
-def test_unfolded_batchnorm_is_refused() -> None:
+def test_a_batchnorm_that_cannot_be_folded_runs_in_float(tmp_path: Path) -> None:
     class NormLast(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -184,9 +185,61 @@ def test_unfolded_batchnorm_is_refused() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.head(torch.relu(self.bn(torch.relu(self.conv(x)))).mean((2, 3)))
 
-    quantized, _ = quantize(NormLast().eval(), [normalised(pictures(4))])
-    with pytest.raises(UnsupportedModelError, match="1 BatchNormalization nodes are left"):
-        trace_int8(quantized, SPEC)
+    network = NormLast().eval()
+    assert fold_batchnorm(network, normalised(pictures(1))) == []  # a ReLU lies between
+    quantized, _ = quantize(network, [normalised(pictures(4))])
+    published = publish_int8(quantized, SPEC, [f"c{i}" for i in range(6)], tmp_path / "int8")
+    parity = check_int8(quantized, published.onnx, published.xml, pictures(16), SPEC)  # bf16 rounds on its own
+    differences = [
+        pair.difference for key, pair in parity.pairs.items() if "default" not in key
+    ]  # bf16 has its own error
+    assert max(value for value in differences if value is not None) < 0.05  # of the logits' range
+
+
+class Fire(nn.Module):
+    """Two convolutions read one tensor and are concatenated: NNCF gives both outputs one quantizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.last, self.head = nn.Conv2d(16, 8, 1), nn.Linear(8, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.cat([torch.relu(self.a(x)), torch.relu(self.b(x))], 1)
+        return self.head(torch.relu(self.last(x)).mean((2, 3)))
+
+
+def test_a_quantizer_shared_by_the_parts_of_a_concatenation_is_written_everywhere(tmp_path: Path) -> None:
+    quantized, _ = quantize(Fire().eval(), [normalised(pictures(4))])
+    hooks = [id(m) for n, m in quantized.named_modules(remove_duplicate=False) if n.endswith(".0") and "__nncf" in n]
+    assert len(set(hooks)) < len(hooks)  # otherwise this tests nothing
+    before = {name: id(layer) for name, layer in quantized.named_modules(remove_duplicate=False)}
+    network = trace_int8(quantized, SPEC)
+    assert {node.domain for node in network.graph.node} <= {""}
+    assert before == {name: id(layer) for name, layer in quantized.named_modules(remove_duplicate=False)}
+    published = publish_int8(quantized, SPEC, [f"c{i}" for i in range(6)], tmp_path / "int8")
+    parity = check_int8(quantized, published.onnx, published.xml, pictures(16), SPEC)  # bf16 rounds on its own
+    differences = [
+        pair.difference for key, pair in parity.pairs.items() if "default" not in key
+    ]  # bf16 has its own error
+    assert max(value for value in differences if value is not None) < 0.05  # of the logits' range
+
+
+def test_what_cannot_be_exported_is_refused_by_name() -> None:
+    class Unwritable(Fire):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(torch.special.i0(x))
+
+    class Random(Fire):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + torch.rand(1)
+
+    check_exportable(Fire().eval(), SPEC)
+    with pytest.raises(UnsupportedModelError, match="Unwritable: the ONNX exporter cannot write it"):
+        check_exportable(Unwritable().eval(), SPEC)
+    with pytest.raises(UnsupportedModelError, match=r"Random: .*a network must compute by its input alone"):
+        check_exportable(Random().eval(), SPEC)
 
 
 @pytest.mark.parametrize("overflow_fix", ["enable", "first_layer_only"])

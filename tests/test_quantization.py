@@ -4,11 +4,13 @@ import copy
 import importlib.util
 import json
 import sys
+from collections import OrderedDict
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from random_networks import randomise
 from separable_network import SeparableNetwork, normalised, pictures, trained, varied
 from torch import Tensor, nn
 
@@ -384,3 +386,88 @@ def _spreads(network: torch.nn.Module, x: list[torch.Tensor]) -> dict[str, float
     for handle in handles:
         handle.remove()
     return found
+
+
+class NormAct(nn.BatchNorm2d):
+    """A norm with its activation inside, as timm has them."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+
+class Shifted(nn.BatchNorm2d):
+    """A norm that does what its children do not tell."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+class Standardised(nn.Conv2d):
+    """Weights are standardised before use, so scaling them changes nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight / self.weight.flatten(1).norm(dim=1)[:, None, None, None]
+        return self._conv_forward(x, weight, self.bias)
+
+
+class Padded(nn.Conv2d):
+    """Pads by itself and then convolves, as TensorFlow's "same" convolutions do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(nn.functional.pad(x, (0, 1, 0, 1)), self.weight, self.bias)
+
+
+@pytest.mark.parametrize(
+    ("conv", "norm", "folded"),
+    [
+        (nn.Conv2d(3, 8, 3), NormAct(8), True),
+        (nn.Conv2d(3, 8, 3), Shifted(8), False),
+        (Standardised(3, 8, 3), nn.BatchNorm2d(8), False),
+        (Padded(3, 8, 3, bias=False), nn.BatchNorm2d(8), True),
+    ],
+)
+def test_classes_are_folded_by_what_they_do(conv: nn.Module, norm: nn.BatchNorm2d, folded: bool) -> None:
+    network = nn.Sequential(OrderedDict(conv=conv, norm=norm, last=nn.Conv2d(8, 2, 1)))
+    randomise(network, 0)
+    network.eval()
+    x = torch.randn(2, 3, 9, 9)
+    fresh = copy.deepcopy(network)
+    with torch.no_grad():
+        before = network(x)
+        pairs = fold_batchnorm(network, x)
+        after = network(x)
+    assert pairs == ([("conv", "norm")] if folded else [])
+    assert float((after - before).abs().max()) <= 1e-5 * float(before.abs().max())
+    apply_fold(fresh, pairs)
+    fresh.load_state_dict(network.state_dict())
+    with torch.no_grad():
+        assert torch.equal(fresh(x), after)
+
+
+def test_a_depthwise_convolution_that_computes_its_weights_is_not_equalised() -> None:
+    class Depthwise(Standardised):
+        def __init__(self) -> None:
+            super().__init__(8, 8, 3, groups=8)
+
+    network = nn.Sequential(nn.Conv2d(3, 8, 1), Depthwise(), nn.Conv2d(8, 4, 1))
+    assert equalize_depthwise(network, [torch.randn(1, 3, 9, 9)]) == []
+
+
+def test_what_nncf_cannot_quantize_is_refused_by_name() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.requires_grad or not hasattr(self, "seen"):
+                self.seen = True
+                return self.conv(x)
+            raise ValueError("once is enough")
+
+    with pytest.raises(UnsupportedModelError, match="NNCF cannot quantize this Odd"):
+        quantize(Odd().eval(), [torch.randn(1, 3, 9, 9)])

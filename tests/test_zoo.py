@@ -26,7 +26,7 @@ PRUNED = (
     "torchvision/shufflenet_v2_x0_5",
     "torchvision/mobilenet_v3_small",
 )
-QUANTIZED = ("timm/tf_efficientnet_lite0", "torchvision/squeezenet1_1")
+QUANTIZED = ("timm/resnetv2_18", "torchvision/squeezenet1_1")
 
 
 @pytest.fixture(scope="module")
