@@ -173,7 +173,22 @@ class Multiplied(nn.Module):
         return {"features": features, "logits": self.net(x)}
 
 
+class WrittenInto(Net):
+    """Some channels are computed and written over others, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.partial = nn.Conv2d(4, 4, 3, padding=1)
+        self.part = 4
+
+    def between(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        x[:, : self.part] = self.partial(x[:, : self.part])
+        return x
+
+
 EXACT = (
+    WrittenInto,
     Shuffled,
     PixelShuffled,
     PixelUnshuffled,

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from compressor.pruning.tracing import Channels, trace_channels
+from compressor.pruning.channels import Channels
+from compressor.pruning.tracing import trace_channels
 
 # A layer side: ("block1.rep.1.pointwise", "out").
 Side = tuple[str, str]

@@ -21,10 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from compressor.errors import UnsupportedModelError
-
-# One channel of one layer side: ("block1.rep.1.pointwise", "out", 3). The empty layer name stands for what is no layer:
-# ("", reason, n) is a channel that must stay, for that reason.
-Channel = tuple[str, str, int]
+from compressor.pruning.channels import Channels, compact, compact_pair, split_axes, varies
 
 OUTPUT = "its channels are outputs of the network"
 INPUT = "it is combined with the network's input"
@@ -47,7 +44,7 @@ _MOVES = _names(
 _VIEWS = _names("view _unsafe_view reshape _reshape_alias")
 # Same shape, element by element; others are known by torch's own tag.
 _POINTWISE = _names(
-    "_to_copy celu dropout elu gelu glu_backward hardshrink hardsigmoid hardswish hardtanh leaky_relu "
+    "_to_copy celu copy dropout elu gelu glu_backward hardshrink hardsigmoid hardswish hardtanh leaky_relu "
     "log_sigmoid mish native_dropout prelu relu relu6 rrelu_with_noise selu silu softplus softshrink "
     "sigmoid tanh threshold"
 )
@@ -68,58 +65,6 @@ _SPATIAL = (
 _REDUCTIONS = _names("mean sum amax amin max min prod var std var_mean std_mean logsumexp norm linalg_vector_norm")
 _SOFTMAX = _names("_softmax _log_softmax softmax log_softmax cumsum")
 _CREATIONS = _names("empty empty_like zeros zeros_like ones ones_like full full_like new_zeros new_ones")
-
-
-class Channels:
-    """Union-find over channels; numbers stand for channels, 0 for none."""
-
-    def __init__(self) -> None:
-        self._names: list[Channel] = [("", "", 0)]
-        self._numbers: dict[Channel, int] = {}
-        self._parent = [0]
-
-    def number(self, layer: str, kind: str, count: int) -> Tensor:
-        """Numbers of the channels of a layer side, `(count,)`."""
-        return torch.tensor([self._number((layer, kind, index)) for index in range(count)])
-
-    def fixed(self, reason: str, count: int = 1) -> Tensor:
-        """Numbers of new channels that must stay, `(count,)`."""
-        first = len(self._names)
-        return torch.tensor([self._number(("", reason, index)) for index in range(first, first + count)])
-
-    def _number(self, channel: Channel) -> int:
-        if channel not in self._numbers:
-            self._numbers[channel] = len(self._names)
-            self._names.append(channel)
-            self._parent.append(self._numbers[channel])
-        return self._numbers[channel]
-
-    def _root(self, number: int) -> int:
-        parent = self._parent
-        while parent[number] != number:
-            parent[number] = parent[parent[number]]
-            number = parent[number]
-        return number
-
-    def join(self, a: int, b: int) -> None:
-        """Say that two channels can only go together."""
-        root_a, root_b = self._root(a), self._root(b)
-        if root_a != root_b:
-            self._parent[root_b] = root_a
-
-    def join_all(self, first: Tensor, second: Tensor) -> None:
-        """Join the channels of two equally shaped tensors of numbers, element by element; 0 joins nothing."""
-        first, second = first.reshape(-1), second.reshape(-1)
-        pairs = torch.stack([first, second])[:, (first != second) & (first > 0) & (second > 0)]
-        for a, b in torch.unique(pairs, dim=1).T.tolist():
-            self.join(a, b)
-
-    def classes(self) -> list[list[Channel]]:
-        """Sets of channels that can only go together, in the order in which they were met."""
-        found: dict[int, list[Channel]] = {}
-        for number in range(1, len(self._names)):
-            found.setdefault(self._root(number), []).append(self._names[number])
-        return list(found.values())
 
 
 def trace_channels(module: nn.Module, example: Tensor) -> Channels:
@@ -194,7 +139,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """None of these channels may go."""
         if labels is None:
             return
-        for number in torch.unique(_compact(labels)).tolist():
+        for number in torch.unique(compact(labels)).tolist():
             if number:
                 self._channels.join(number, int(self._channels.fixed(reason)))
 
@@ -302,10 +247,10 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _per_channel(self, labels: Tensor, axis: int = 1) -> Tensor:
         """The channel at each index of an axis, `(C,)`; where several meet at one index, they are joined."""
-        compact = _compact(labels, keep=axis).movedim(axis, 0).flatten(1)
-        highest = compact.amax(1)
-        if compact.shape[1] > 1:
-            self._channels.join_all(compact, highest[:, None].expand_as(compact))
+        rows = compact(labels, keep=axis).movedim(axis, 0).flatten(1)
+        highest = rows.amax(1)
+        if rows.shape[1] > 1:
+            self._channels.join_all(rows, highest[:, None].expand_as(rows))
         return highest
 
     def _reads(self, value: Tensor, axis: int) -> Tensor:
@@ -444,8 +389,8 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _view(self, labels: Tensor, shape: Sequence[int]) -> Tensor:
         """A view; where it splits an axis of channels, the factor that stays is joined (`view(n, 2, c // 2, h, w)`)."""
         out = labels.reshape(tuple(shape))
-        for axes in _split_axes(labels.shape, shape):
-            varying = [axis for axis in axes if _varies(out, axis)]
+        for axes in split_axes(labels.shape, shape):
+            varying = [axis for axis in axes if varies(out, axis)]
             if len(varying) > 1:
                 # The code says which factor is fixed only in a way that cannot be seen here; it is the smaller one in
                 # all that we know (groups, radix, cardinality), and the oracle judges.
@@ -460,7 +405,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name == "slice":
             axis = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % labels.dim()
             size = labels.shape[axis]
-            if parts.shape[axis] == size or not _varies(labels, axis):
+            if parts.shape[axis] == size or not varies(labels, axis):
                 return parts
             start = args[2] if len(args) > 2 and args[2] is not None else 0
             end = args[3] if len(args) > 3 and args[3] is not None else size
@@ -469,7 +414,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._keep_sizes(labels, axis, bound)
             return parts
         axis = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % labels.dim()
-        if len(parts) < 2 or not _varies(labels, axis):
+        if len(parts) < 2 or not varies(labels, axis):
             return parts
         sizes = [part.shape[axis] for part in parts]
         if name != "split_with_sizes" and len(set(sizes)) == 1:
@@ -513,7 +458,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if not before and not after:
                 continue
             size = labels.shape[axis]
-            if not _varies(labels, axis):
+            if not varies(labels, axis):
                 shape = list(labels.shape)
                 shape[axis] = size + before + after
                 labels = labels.narrow(axis, 0, 1).expand(shape)
@@ -532,7 +477,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _mixed(self, labels: Tensor, axes: Iterable[int]) -> None:
         """Everything along these axes meets in one number, so what lies along them goes as one."""
         for axis in axes:
-            if _varies(labels, axis):
+            if varies(labels, axis):
                 self._channels.join_all(labels, labels.narrow(axis, 0, 1).expand(labels.shape))
 
     def _reduction(self, labels: Tensor, axes: Any, result: Any) -> Any:
@@ -562,8 +507,8 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             total_shape = [1] * (len(shape) - len(total_shape)) + total_shape
             own_shape = [1] * (len(shape) - value.dim()) + list(value.shape)
             # One channel that is spread over many scales them all and cannot go with any one of them.
-            own_single = any(own_shape[i] == 1 < total_shape[i] and _varies(total, i) for i in range(len(shape)))
-            total_single = any(total_shape[i] == 1 < own_shape[i] and _varies(wide, i) for i in range(len(shape)))
+            own_single = any(own_shape[i] == 1 < total_shape[i] and varies(total, i) for i in range(len(shape)))
+            total_single = any(total_shape[i] == 1 < own_shape[i] and varies(wide, i) for i in range(len(shape)))
             if own_single and total_single:
                 self.forbid(wide, "it is combined with all channels of another layer")
                 self.forbid(total, "it is combined with all channels of another layer")
@@ -573,7 +518,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.forbid(total, "it weighs other channels")
                 total = wide
             else:
-                small_total, small_wide = _compact_pair(total, wide)
+                small_total, small_wide = compact_pair(total, wide)
                 self._channels.join_all(small_total, small_wide)
                 total = torch.maximum(small_total, small_wide).expand(tuple(shape))
             total_shape = [max(a, b) for a, b in zip(total_shape, own_shape, strict=True)]
@@ -581,7 +526,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for value in values:
             if self.labels_of(value) is None and value.dim():
                 own_shape = [1] * (len(shape) - value.dim()) + list(value.shape)
-                if any(size > 1 and _varies(total, axis) for axis, size in enumerate(own_shape)):
+                if any(size > 1 and varies(total, axis) for axis, size in enumerate(own_shape)):
                     self.forbid(total, PARAMETER if self._parameter(value) is not None else CONSTANT)
         return total
 
@@ -598,52 +543,3 @@ def _holds(kept: object, wanted: int | list[int]) -> bool:
 
 def _is_pointwise(name: str, func: Any) -> bool:
     return name in _POINTWISE or torch.Tag.pointwise in func.tags
-
-
-def _compact(labels: Tensor, keep: int | None = None) -> Tensor:
-    """One element of every axis along which the labels are one number seen many times (`expand`)."""
-    for axis in range(labels.dim()):
-        if axis != keep and labels.shape[axis] > 1 and labels.stride(axis) == 0:
-            labels = labels.narrow(axis, 0, 1)
-    return labels
-
-
-def _compact_pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    for axis in range(first.dim()):
-        if first.shape[axis] > 1 and first.stride(axis) == 0 == second.stride(axis):
-            first, second = first.narrow(axis, 0, 1), second.narrow(axis, 0, 1)
-    return first, second
-
-
-def _varies(labels: Tensor, axis: int) -> bool:
-    """Whether different channels lie along an axis."""
-    compact = _compact(labels)
-    if compact.shape[axis] < 2:
-        return False
-    return not bool((compact == compact.narrow(axis, 0, 1)).all())
-
-
-def _split_axes(before: Sequence[int], after: Sequence[int]) -> list[list[int]]:
-    """Groups of axes of `after` into which single runs of axes of `before` are divided."""
-    groups: list[list[int]] = []
-    i = j = 0
-    while i < len(before) or j < len(after):
-        axes_before, axes_after = [i], [j]
-        have = before[i] if i < len(before) else 1
-        want = after[j] if j < len(after) else 1
-        i, j = i + 1, j + 1
-        while have != want:
-            if have < want and i < len(before):
-                have *= before[i]
-                axes_before.append(i)
-                i += 1
-            elif j < len(after):
-                want *= after[j]
-                axes_after.append(j)
-                j += 1
-            else:
-                break
-        real = [axis for axis in axes_after if axis < len(after) and after[axis] > 1]
-        if len(real) > 1:
-            groups.append(real)
-    return groups
