@@ -29,6 +29,7 @@ from torch import nn
 from compressor.artifacts import atomic_write, write_via
 from compressor.data.files import label_of
 from compressor.errors import ResourceError, UnsupportedModelError
+from compressor.onnx_pooling import any_adaptive_pooling
 from compressor.outputs import AsTuple, named_tensors
 from compressor.preprocess import InputSpec, embed_preprocessing
 from compressor.runtime import F32
@@ -190,16 +191,17 @@ def _traced(module: nn.Module, spec: InputSpec, opset: int) -> onnx.ModelProto:
             output = network(example)
         names = list(named_tensors(output))
         try:
-            torch.onnx.export(
-                network if isinstance(output, torch.Tensor) else AsTuple(network),
-                (example,),
-                buffer,  # type: ignore[arg-type]  # this exporter takes it; a file would be outside the run
-                dynamo=False,
-                opset_version=opset,
-                input_names=[_PLANES],
-                output_names=names,
-                dynamic_axes={name: {0: "N"} for name in (_PLANES, *names)},
-            )
+            with any_adaptive_pooling(opset):
+                torch.onnx.export(
+                    network if isinstance(output, torch.Tensor) else AsTuple(network),
+                    (example,),
+                    buffer,  # type: ignore[arg-type]  # this exporter takes it; a file would be outside the run
+                    dynamo=False,
+                    opset_version=opset,
+                    input_names=[_PLANES],
+                    output_names=names,
+                    dynamic_axes={name: {0: "N"} for name in (_PLANES, *names)},
+                )
         except Exception as error:  # the exporter raises whatever an operation it does not know leads to
             reason = next(iter(str(error).splitlines()), "")
             raise UnsupportedModelError(

@@ -27,6 +27,7 @@ from compressor.export import (
     trace_int8,
 )
 from compressor.folding import fold_batchnorm
+from compressor.onnx_pooling import pooling_matrix
 from compressor.parity import check_int8, ir_logits, onnx_logits, torch_logits
 from compressor.preprocess import InputSpec
 from compressor.quantization import quantize
@@ -301,3 +302,29 @@ def test_files_carry_no_path_of_this_machine(case: Case, tmp_path: Path) -> None
         content = path.read_bytes()
         assert here not in content
         assert str(tmp_path.parent).encode() not in content
+
+
+def test_adaptive_pooling_to_sizes_that_do_not_divide_is_written(tmp_path: Path) -> None:
+    """VGG and AlexNet pool to 7x7 and 6x6, whatever the image's size; the exporter writes that for some sizes only."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.pool, self.head = nn.Conv2d(3, 8, 3, 4), nn.AdaptiveAvgPool2d((7, 5)), nn.Linear(280, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.relu(self.pool(self.stem(x))).flatten(1))
+
+    network = Pooled().eval()
+    check_exportable(network, SPEC)
+    quantized, _ = quantize(network, [normalised(pictures(4))])
+    published = publish_int8(quantized, SPEC, [f"c{i}" for i in range(6)], tmp_path / "int8")
+    pairs = check_int8(quantized, published.onnx, published.xml, pictures(16), SPEC).pairs
+    assert max(pair.difference or 0 for key, pair in pairs.items() if "default" not in key) < 0.05
+
+
+@pytest.mark.parametrize(("length", "wanted"), [(4, 7), (9, 5), (7, 7), (8, 4), (1, 3)])
+def test_pooling_matrices_are_torchs_windows(length: int, wanted: int) -> None:
+    x = torch.randn(1, 1, length)
+    expected = nn.functional.adaptive_avg_pool1d(x, wanted)
+    torch.testing.assert_close(x @ torch.from_numpy(pooling_matrix(length, wanted)).T, expected)
