@@ -19,17 +19,20 @@ def any_adaptive_pooling(opset: int) -> Iterator[None]:
     """While the block runs, `adaptive_avg_pool2d` to sizes that do not divide becomes two products with constants."""
     from torch.onnx import symbolic_helper, symbolic_opset9
 
+    # These names exist without being exported (torch 2.13).
+    exporter: Any = torch.onnx
+    ready: Any = symbolic_opset9
+
     def write(g: Any, x: Any, size: Any) -> Any:
         sides = symbolic_helper._get_tensor_sizes(x)
         wanted = symbolic_helper._parse_arg(size, "is")
         plain = sides is None or None in sides[2:] or all(a % b == 0 for a, b in zip(sides[2:], wanted, strict=True))
         if plain:
-            return symbolic_opset9.adaptive_avg_pool2d(g, x, size)
+            return ready.adaptive_avg_pool2d(g, x, size)
         rows, columns = (pooling_matrix(a, b) for a, b in zip(sides[2:], wanted, strict=True))
         down = g.op("MatMul", g.op("Constant", value_t=torch.from_numpy(rows)), x)
         return g.op("MatMul", down, g.op("Constant", value_t=torch.from_numpy(columns.T.copy())))
 
-    exporter: Any = torch.onnx  # the two functions are documented but not in its list of names (torch 2.13)
     exporter.register_custom_op_symbolic(_OPERATOR, write, opset)
     try:
         yield
