@@ -208,6 +208,13 @@ def groups_of(network: nn.Module) -> dict[str, ChannelGroup]:
     return {group.name: group for group in find_groups(network, EXAMPLE, ignored=())}
 
 
+def test_global_pooling_of_channels_last_values_is_followed() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+    network = network.to(memory_format=torch.channels_last)
+    groups = find_groups(network, EXAMPLE.to(memory_format=torch.channels_last), ignored=())
+    assert groups[0].prunable, groups[0].reason
+
+
 @pytest.mark.parametrize("kind", EXACT)
 def test_what_only_moves_or_pairs_channels_is_followed_exactly(kind: type[Net]) -> None:
     network = kind()

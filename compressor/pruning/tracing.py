@@ -201,6 +201,10 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._part(name, func, first, args, kwargs)
         if name in _MOVES:
             return func(first, *args[1:], **{k: v for k, v in kwargs.items() if k != "memory_format"})
+        if name == "as_strided" and first is not None and first.shape == result.shape and max(first.shape[2:]) == 1:
+            return (
+                first  # global pooling of channels_last values: the same numbers, other strides of axes of length one
+            )
         if name == "constant_pad_nd":
             assert first is not None
             return self._pad(first, args[1])
