@@ -214,14 +214,17 @@ class SymmetricQuantize(torch.autograd.Function):
         """Quantise `x`, see `fake_quantize`."""
         x, low = _dense(x), scale * (level_low / level_high)
         rounded = fake_quantize(x, low, scale - low, levels)
-        ctx.save_for_backward(x, rounded, low, scale - low)
+        ctx.save_for_backward(x, low, scale - low)
         ctx.levels = (level_low, level_high, levels)
+        _keep(ctx, rounded)
         return rounded
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         """Gradients by the input and the scale."""
-        grad_x, _, grad_scale = fake_quantize_gradients(grads[0], *ctx.saved_tensors, *ctx.levels)
+        x, low, span = ctx.saved_tensors
+        rounded = _kept(ctx, x, low, span)
+        grad_x, _, grad_scale = fake_quantize_gradients(grads[0], x, rounded, low, span, *ctx.levels)
         return grad_x, grad_scale, None, None, None
 
 
@@ -233,14 +236,32 @@ class AsymmetricQuantize(torch.autograd.Function):
         """Quantise `x`, see `fake_quantize`."""
         x = _dense(x)
         rounded = fake_quantize(x, low, span, levels)
-        ctx.save_for_backward(x, rounded, low, span)
+        ctx.save_for_backward(x, low, span)
         ctx.levels = (level_low, level_high, levels)
+        _keep(ctx, rounded)
         return rounded
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         """Gradients by the input, the lowest value and the range."""
-        return *fake_quantize_gradients(grads[0], *ctx.saved_tensors, *ctx.levels), None, None, None
+        x, low, span = ctx.saved_tensors
+        rounded = _kept(ctx, x, low, span)
+        return *fake_quantize_gradients(grads[0], x, rounded, low, span, *ctx.levels), None, None, None
+
+
+def _keep(ctx: Any, rounded: Tensor) -> None:
+    """Keep the output for the backward pass, unless the network changes it in place (`x += shortcut`, as ResNets do).
+
+    Autograd would refuse that of a tensor in `save_for_backward`. Detached, since the output holds its own node.
+    """
+    ctx.rounded, ctx.version = rounded.detach(), rounded._version
+
+
+def _kept(ctx: Any, x: Tensor, low: Tensor, span: Tensor) -> Tensor:
+    """The output as it was; computed again where it has been changed since."""
+    rounded: Tensor = ctx.rounded
+    del ctx.rounded  # nodes live on after their backward pass, and would hold the memory
+    return rounded if rounded._version == ctx.version else fake_quantize(x, low, span, ctx.levels[-1])
 
 
 class TuneRange(torch.autograd.Function):

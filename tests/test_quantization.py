@@ -528,3 +528,42 @@ def test_what_nncf_cannot_quantize_is_refused_by_name() -> None:
 
     with pytest.raises(UnsupportedModelError, match="NNCF cannot quantize this Odd"):
         quantize(Odd().eval(), [torch.randn(1, 3, 9, 9)])
+
+
+class AddsInPlace(nn.Module):
+    """As ResNets do: `x += shortcut`, then a ReLU in place, on what a quantizer gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        y = self.conv(x)
+        y += x
+        return self.head(y.relu_().mean((2, 3)))
+
+
+@pytest.mark.parametrize("preset", ["mixed", "performance"])
+def test_qat_of_networks_that_add_in_place(preset: quantization.Preset) -> None:
+    batches = [torch.randn(1, 3, 9, 9, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    quantized, _ = quantize(AddsInPlace().eval(), batches, preset=preset)
+    quantized.train()(torch.cat(batches)).square().mean().backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in quantized.parameters() if p.requires_grad)
+
+
+def test_gradients_are_the_same_whether_or_not_the_output_is_changed_in_place() -> None:
+    x = torch.randn(2, 4, 5, 5)
+    gradients = []
+    for in_place in (True, False):
+        leaves = [
+            x.clone().requires_grad_(),
+            torch.tensor([-1.0], requires_grad=True),
+            torch.tensor([3.0], requires_grad=True),
+        ]
+        y = AsymmetricQuantize.apply(*leaves, 0, 255, 256)
+        y = y.mul_(2) if in_place else y * 2
+        y.square().sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for changed, plain in zip(*gradients, strict=True):
+        assert torch.equal(changed, plain)
