@@ -34,6 +34,9 @@ KEPT = (
     "environment",
     "timing",
     "notes",
+    "recommended",
+    "layer_totals",
+    "layers",
 )
 
 
@@ -47,7 +50,7 @@ def record(run: Path, name: str) -> None:
         for s in data["stages"]
     ]
     (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / f"{name}.json").write_text(json.dumps(without_folders(kept), indent=1) + "\n")
+    (HERE / "results" / f"{name}.json").write_text(as_text(without_folders(kept)))
     ledger = HERE / "test_ledger.json"
     lines = json.loads(ledger.read_text()) if ledger.is_file() else []
     lines.append(
@@ -61,6 +64,14 @@ def record(run: Path, name: str) -> None:
         }
     )
     ledger.write_text("[\n" + ",\n".join(json.dumps(line) for line in lines) + "\n]\n")
+
+
+def as_text(kept: dict[str, Any]) -> str:
+    """JSON indented by one, with each layer on one line."""
+    text = json.dumps({**kept, "layers": []}, indent=1) + "\n"
+    rows = ",\n".join(f"  {json.dumps(row, separators=(',', ':'))}" for row in kept.get("layers", ()))
+    # By its indentation it is the key of the report itself.
+    return text.replace('\n "layers": []', f'\n "layers": [\n{rows}\n ]', 1) if rows else text
 
 
 def without_folders(value: Any) -> Any:

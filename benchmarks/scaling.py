@@ -142,9 +142,7 @@ def plan_once(network: nn.Module, example: torch.Tensor) -> None:
         groups=groups,
         scores=scores,
         ranking="global",
-        pruning_ratio=None,
-        target_macs=count(network, example).macs // 2,
-        target_params=None,
+        targets={"macs": count(network, example).macs // 2},
         round_to=8,
         min_channels=8,
     )

@@ -1,6 +1,6 @@
 """The zoo table: backbones of timm and torchvision, pruned to half their MACs and taken through everything after.
 
-    python benchmarks/zoo.py benchmarks/zoo.json [--only 'timm/res*'] [--size 128] [--limit 900]
+    python benchmarks/zoo.py benchmarks/zoo.json [--only 'timm/res*'] [--size 128] [--limit 900] [--jobs 1]
 
 Random weights made sane, small inputs. Columns, each a gate: `prune` (0.5x MACs met), `oracle` (cut = masked), `train`
 (one step: loss finite, weights move), `fold` (BatchNorm folded, same function), `int8` (IR and onnxruntime against the
@@ -20,10 +20,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,9 +41,10 @@ from zoo_networks import CLASSES, ROWS, Row, build_network, photos, settle, to_p
 from compressor import environment
 from compressor.artifacts import write_json
 from compressor.checkpoint import Network, load_network, save_network
+from compressor.equalization import equalize_depthwise
 from compressor.errors import CompressorError, RecipeError
 from compressor.export import publish_float, publish_int8
-from compressor.folding import equalize_depthwise, fold_batchnorm
+from compressor.folding import fold_batchnorm
 from compressor.models.counting import count
 from compressor.parity import check_float, ir_logits, onnx_logits, torch_logits
 from compressor.preprocess import InputSpec
@@ -116,9 +119,7 @@ def choose_plan(module: nn.Module, example: Tensor, ranking: str) -> tuple[Prune
                 groups=groups,
                 scores=scores,
                 ranking=ranking,  # type: ignore[arg-type]
-                pruning_ratio=None,
-                target_macs=target,
-                target_params=None,
+                targets={"macs": target},
                 round_to=round_to,
                 min_channels=min(round_to, 8),
             )
@@ -292,16 +293,24 @@ def _row(row: Row, status: str, reason: str, seconds: float, found: Findings | N
     }
 
 
-def run_row(row: Row, command: Sequence[str], limit_s: float) -> dict[str, Any]:
+def run_row(row: Row, command: Sequence[str], limit_s: float, threads: int) -> dict[str, Any]:
     """Run one row in a process of its own; its last line on stdout is the row as JSON.
 
     Args:
         row: Which backbone.
         command: What prints that row.
         limit_s: Seconds after which the process and what it started are ended.
+        threads: Threads of torch in it.
     """
     started = time.perf_counter()
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    child = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+    )
     try:
         out, err = child.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
@@ -320,9 +329,9 @@ def _last_line(text: str) -> str:
 
 
 def fill_table(
-    output: Path | None, rows: Sequence[Row], run: Callable[[Row], dict[str, Any]], *, size: int
+    output: Path | None, rows: Sequence[Row], run: Callable[[Row], dict[str, Any]], *, size: int, jobs: int = 1
 ) -> dict[str, Any]:
-    """Run the rows that the file does not have yet; the file is written after each.
+    """Run the rows that the file does not have yet, `jobs` at a time; the file is written after each.
 
     Raises:
         RecipeError: the file holds rows of another input size.
@@ -334,14 +343,25 @@ def fill_table(
             raise RecipeError(f"{output}: its rows were made at {table['size']} px, not {size}; name another file")
     done = {(entry["source"], entry["name"]) for entry in table["rows"]}
     table["environment"] = environment.describe()
-    for row in rows:
-        if (row.source, row.name) in done:
-            continue
-        table["rows"].append(run(row))
-        print(format_row(table["rows"][-1]), flush=True)
-        table["summary"] = summary(table["rows"])
-        if output is not None:
-            write_json(output, table)
+    order = {(row.source, row.name): place for place, row in enumerate(ROWS)}
+    writing = threading.Lock()
+
+    def record(row: Row) -> None:
+        entry = run(row)
+        with writing:
+            table["rows"].append(entry)
+            table["rows"].sort(key=lambda entry: order.get((entry["source"], entry["name"]), len(order)))
+            table["summary"] = summary(table["rows"])
+            if output is not None:
+                write_json(output, table)
+        print(format_row(entry), flush=True)
+
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        for ended in [pool.submit(record, row) for row in rows if (row.source, row.name) not in done]:
+            ended.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C only the rows already begun are waited for
     table["summary"] = summary(table["rows"])
     return table
 
@@ -373,6 +393,7 @@ def main() -> int:
     parser.add_argument("--only", default="*", help="glob over source/name")
     parser.add_argument("--size", type=int, default=128, help="side of the inputs in pixels")
     parser.add_argument("--limit", type=float, default=900, help="seconds a row may take")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at a time; they share the processor's cores")
     parser.add_argument("--row", help=argparse.SUPPRESS)  # the child process of one row
     parser.add_argument("--reload", type=Path, help=argparse.SUPPRESS)  # and that which opens its saved networks
     args = parser.parse_args()
@@ -389,9 +410,9 @@ def main() -> int:
 
     def run(row: Row) -> dict[str, Any]:
         command = [sys.executable, __file__, "--row", row.label, "--size", str(args.size)]
-        return run_row(row, command, args.limit)
+        return run_row(row, command, args.limit, threads=max(1, environment.usable_cpus() // args.jobs))
 
-    table = fill_table(args.output, chosen, run, size=args.size)
+    table = fill_table(args.output, chosen, run, size=args.size, jobs=args.jobs)
     print("\n".join(format_row(row) for row in table["rows"]))
     print(json.dumps(table["summary"], indent=1))
     return 1 if table["summary"]["wrong"] else 0

@@ -130,29 +130,43 @@ ROWS = (*_rows("timm", _TIMM), *_rows("torchvision", _TORCHVISION))
 def build_network(row: Row) -> nn.Module:
     """The architecture with weights of its own drawing, every branch alive, in evaluation mode."""
     module = build(row.source, row.name, row.args, CLASSES)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, value in module.named_parameters():
-            # Residual branches that start switched off: zero scales of their last BatchNorm, small layer scales, gains.
+            # Branches that start switched off: zero scales of their last BatchNorm, small layer scales, zero weights.
             if not name.endswith("bias") and float(value.abs().max()) < 1e-3:
-                value.fill_(1.0)
+                if isinstance(module.get_submodule(name.rpartition(".")[0]), nn.Conv2d | nn.Linear):
+                    value.copy_(torch.randn(value.shape, generator=generator) / value[0].numel() ** 0.5)
+                else:
+                    value.fill_(1.0)
+        # Filters with a constant part, as trained ones have. Without it little of what tells images apart survives the
+        # edges and the rounding of many layers.
+        for layer in module.modules():
+            if isinstance(layer, nn.Conv2d) and layer.weight[0, 0].numel() > 1:
+                constant = torch.randn(*layer.weight.shape[:2], 1, 1, generator=generator)
+                layer.weight.add_(layer.weight.std() * constant).mul_(0.5**0.5)
         # Shifts that leave most of each activation's input on one side, as training does: with none a deep random
         # network amplifies every rounding, and no two runtimes agree about it.
-        generator = torch.Generator().manual_seed(0)
         for layer in module.modules():
             if isinstance(layer, _NORMS) and layer.weight is not None:
-                layer.weight.copy_(0.5 + 0.6 * torch.rand(layer.weight.shape, generator=generator))
-                layer.bias.copy_(0.8 + 0.8 * torch.rand(layer.bias.shape, generator=generator))
+                layer.weight.copy_(0.8 + 0.1 * torch.rand(layer.weight.shape, generator=generator))
+                layer.bias.copy_(1.2 + 0.1 * torch.rand(layer.bias.shape, generator=generator))
     return module.eval()
 
 
 def photos(count: int, size: int, seed: int = 0) -> NDArray[np.uint8]:
-    """Smooth random images (count, size, size, 3): coloured blobs of a few scales and a little noise."""
+    """Smooth random images (count, size, size, 3): blobs of a few scales on a colour each, and a little noise.
+
+    Images differ in colour and contrast, as photos do: what random networks make of texture alone hardly differs.
+    """
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(count, 3, size, size)
     for cells in (2, 4, 8, 16):
         coarse = torch.randn(count, 3, cells, cells, generator=generator)
         total += nn.functional.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=False) / cells**0.5
-    levels = 128 + 50 * total + 4 * torch.randn(total.shape, generator=generator)
+    contrast = torch.rand(count, 1, 1, 1, generator=generator)
+    colour = 255 * torch.rand(count, 3, 1, 1, generator=generator)
+    levels = colour + 30 * contrast * total + 4 * torch.randn(total.shape, generator=generator)
     return np.ascontiguousarray(levels.clamp(0, 255).byte().permute(0, 2, 3, 1).numpy())
 
 

@@ -7,16 +7,16 @@ turns within one process, so that a change of the load of the machine falls on a
 import itertools
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openvino as ov
 from numpy.typing import NDArray
 
 from compressor.environment import BF16_FEATURES, INT8_FEATURES, cpu_flags
 from compressor.errors import DataError
+from compressor.openvino_core import core
 from compressor.runtime import DEFAULT, F32, compile_ir, network_size, stream
 
 _TURN_CALLS = 5
@@ -26,10 +26,14 @@ _CONVOLUTIONS = ("Convolution", "GroupConvolution")
 
 @dataclass(frozen=True)
 class Candidate:
-    """An IR to time, with the CPU properties it is compiled with (`runtime.F32`, `runtime.DEFAULT`)."""
+    """An IR to time, with the CPU properties it is compiled with (`runtime.F32`, `runtime.DEFAULT`).
+
+    `images` are fed to this one instead of those for all, where its network takes another size.
+    """
 
     xml: Path
     config: Mapping[str, str] = field(default_factory=dict)
+    images: NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,16 +77,18 @@ def measure_latency(
         compiled = compile_ir(candidate.xml, "LATENCY", _with_threads(candidate.config, threads))
         requests[name] = compiled.create_infer_request()
         used[name] = int(compiled.get_property("INFERENCE_NUM_THREADS"))
-    singles = [np.ascontiguousarray(image)[None] for image in images]
-    for request in requests.values():
+    own = {name: images if c.images is None else c.images for name, c in candidates.items()}
+    singles = {name: [np.ascontiguousarray(image)[None] for image in fed] for name, fed in own.items()}
+    for name, request in requests.items():
         for index in range(warmup):
-            request.infer({0: singles[index % len(singles)]})
+            request.infer({0: singles[name][index % len(singles[name])]})
     times: dict[str, list[float]] = {name: [] for name in requests}
     for first in range(0, calls, _TURN_CALLS):
         for name, request in requests.items():
-            request.infer({0: singles[first % len(singles)]})  # untimed: the other candidate emptied the caches
+            mine = singles[name]
+            request.infer({0: mine[first % len(mine)]})  # untimed: the other candidate emptied the caches
             for index in range(first, min(first + _TURN_CALLS, calls)):
-                image = singles[index % len(singles)]
+                image = mine[index % len(mine)]
                 start = time.perf_counter()
                 request.infer({0: image})
                 times[name].append(time.perf_counter() - start)
@@ -122,14 +128,15 @@ def measure_throughput(
         name: compile_ir(candidate.xml, "THROUGHPUT", _with_threads(candidate.config, threads))
         for name, candidate in candidates.items()
     }
-    for compiled in models.values():
-        for _ in stream(compiled, [*images] * 2):
+    own = {name: images if c.images is None else c.images for name, c in candidates.items()}
+    for name, compiled in models.items():
+        for _ in stream(compiled, [*own[name]] * 2):
             pass
     calls, spent = dict.fromkeys(models, 0), dict.fromkeys(models, 0.0)
     for _ in range(_THROUGHPUT_TURNS):
         for name, compiled in models.items():
             start = time.perf_counter()
-            calls[name] += sum(1 for _ in stream(compiled, _fed(images, start + seconds / _THROUGHPUT_TURNS)))
+            calls[name] += sum(1 for _ in stream(compiled, _fed(own[name], start + seconds / _THROUGHPUT_TURNS)))
             spent[name] += time.perf_counter() - start
     return {name: calls[name] / spent[name] for name in models}
 
@@ -179,7 +186,7 @@ def cpu_capabilities() -> dict[str, list[str]]:
     return {
         "int8": [name for name in INT8_FEATURES if name in flags],
         "bf16": [name for name in BF16_FEATURES if name in flags],
-        "openvino": list(ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")),
+        "openvino": list(core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")),
     }
 
 
@@ -193,25 +200,31 @@ def bench_target(target: Path, *, calls: int = 100, threads: int | None = None, 
         seconds: Duration of each throughput measurement.
 
     Returns:
-        JSON-able: `size` (h, w), `latency` and `throughput_fps` and `audit` per candidate, `cpu`.
+        JSON-able: `size` (h, w), `latency`, `throughput_fps` and `audit` per candidate, `cpu`.
 
     Raises:
         DataError: Neither a run folder with artifacts nor a published IR.
     """
-    candidates = _candidates(target)
-    size = network_size(next(iter(candidates.values())).xml)
-    if size is None:
-        raise DataError(f"{target}: its model_info has no orig_height and orig_width, so the image size is unknown")
-    images = np.random.default_rng(0).integers(0, 256, (8, *size, 3), dtype=np.uint8)
+    candidates = {name: replace(c, images=_random_images(c.xml)) for name, c in _candidates(target).items()}
+    images = next(iter(candidates.values())).images
+    assert images is not None
     latency = measure_latency(candidates, images, calls=calls, threads=threads)
     return {
         "target": str(target),
-        "size": list(size),
+        "size": {name: list(c.images.shape[1:3]) for name, c in candidates.items() if c.images is not None},
         "cpu": cpu_capabilities(),
         "latency": {name: asdict(figures) for name, figures in latency.items()},
         "throughput_fps": measure_throughput(candidates, images, seconds=seconds, threads=threads),
         "audit": {name: audit(candidate.xml, candidate.config) for name, candidate in candidates.items()},
     }
+
+
+def _random_images(xml: Path) -> NDArray[np.uint8]:
+    """A few images (8, h, w, 3) of the size that a published IR's network takes."""
+    size = network_size(xml)
+    if size is None:
+        raise DataError(f"{xml}: its model_info has no orig_height and orig_width, so the image size is unknown")
+    return np.random.default_rng(0).integers(0, 256, (8, *size, 3), dtype=np.uint8)
 
 
 def _candidates(target: Path) -> dict[str, Candidate]:
@@ -234,16 +247,16 @@ def _candidates(target: Path) -> dict[str, Candidate]:
 
 def format_bench(result: Mapping[str, Any]) -> str:
     """Lay out what `bench_target` returned as a small table for people."""
-    height, width = result["size"]
     instructions = ", ".join([*result["cpu"]["int8"], *result["cpu"]["bf16"]]) or "no INT8 or bf16 instructions"
     lines = [
-        f"{result['target']}: {width}x{height} pixels, batch 1, {instructions}",
-        f"{'':18}{'median ms':>10}{'p95 ms':>10}{'images/s':>10}{'threads':>9}  convolutions",
+        f"{result['target']}: batch 1, {instructions}",
+        f"{'':18}{'pixels':>10}{'median ms':>10}{'p95 ms':>10}{'images/s':>10}{'threads':>9}  convolutions",
     ]
     for name, figures in result["latency"].items():
         counts = ", ".join(f"{n} {kind}" for kind, n in result["audit"][name]["convolutions"].items()) or "none"
+        height, width = result["size"][name]
         lines.append(
-            f"{name:18}{figures['median_ms']:10.2f}{figures['p95_ms']:10.2f}{result['throughput_fps'][name]:10.1f}"
+            f"{name:18}{f'{width}x{height}':>10}{figures['median_ms']:10.2f}{figures['p95_ms']:10.2f}{result['throughput_fps'][name]:10.1f}"
             f"{figures['threads']:9d}  {counts}"
         )
     latency = result["latency"]

@@ -4,9 +4,10 @@ Invariant: stderr only, but for the final tables on stdout; library code logs, t
 """
 
 import logging
+import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from compressor.report import Report
@@ -97,17 +99,20 @@ ROWS = (
     ("train_peak_memory_bytes", "training memory, peak MB", 1e-6, "{:.0f}"),
     ("retrain_peak_memory_bytes", "retraining memory, peak MB", 1e-6, "{:.0f}"),
 )
+WIDEST, SLOWEST = 100, 10  # columns of what is printed; layers shown
 
 
 def show_report(report: "Report", run: Path) -> None:
-    """Baseline against result, then the verdict and where the artifacts are."""
+    """Baseline against result and the layers that took most time, then the verdict and where the artifacts are."""
     console = Console()
+    console.width = min(console.width, WIDEST)
     table = Table("", "baseline FP32", "result", "ratio")
     for name, title, scale, form in ROWS:
         before, after = getattr(report.baseline, name), getattr(report.result, name)
         ratio = f"{after / before:.3f}x" if before and after is not None else ""
         table.add_row(title, *("not measured" if v is None else form.format(v * scale) for v in (before, after)), ratio)
     console.print(table)
+    _show_layers(console, report)
     for reason in report.verdict["reasons"]:
         console.print(f"missed: {reason}", style="red", markup=False, soft_wrap=True)
     for note in report.notes:
@@ -120,6 +125,48 @@ def show_report(report: "Report", run: Path) -> None:
     )
     for artifact in report.artifacts:
         console.print(f"  {run / artifact.path}", markup=False, highlight=False, soft_wrap=True)
+    if report.recommended:
+        console.print(f"recommended: {run / report.recommended}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_layers(console: Console, report: "Report") -> None:
+    """The layers that took most of the baseline's time, what all changes of layout take, and what INT8 gained."""
+    timed = [row for row in report.layers if row["baseline"] and row["baseline"]["ms"] is not None]
+    slowest = sorted(timed, key=lambda row: row["baseline"]["ms"], reverse=True)[:SLOWEST]
+    if slowest:
+        table = Table(title=f"slowest {len(slowest)} of the baseline's layers; all are in report.json")
+        table.add_column("layer", overflow="fold")
+        for title in ("in x out", "ms", "precision"):
+            table.add_column(title, no_wrap=True)
+        for row in slowest:
+            pair = row["baseline"], row["result"]
+            channels, ms, precision = (_change([form(layer) if layer else "gone" for layer in pair]) for form in CELLS)
+            table.add_row(Text(row["layer"]), channels, ms, precision)
+        console.print(table)
+    if report.layer_totals:
+        totals = [report.layer_totals[name]["reorders"].values() for name in ("baseline", "result")]
+        counts = _change([str(sum(entry["count"] for entry in entries)) for entries in totals])
+        times = [[entry["ms"] for entry in entries] for entries in totals]
+        ms = _change([_ms(None if None in values else sum(values)) for values in times])
+        console.print(f"reorders (changes of layout or precision): {counts}, {ms} ms", markup=False, highlight=False)
+    if (gain := report.benchmark.get("int8_gain")) is not None:
+        text = f"INT8 against float on this CPU, default precision: {gain:.2f}x as fast"
+        console.print(text, markup=False, highlight=False)
+
+
+def _change(pair: list[str]) -> str:
+    return " -> ".join(pair)
+
+
+def _ms(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3f}"
+
+
+CELLS: tuple[Callable[[dict[str, Any]], str], ...] = (
+    lambda layer: f"{layer['in']}x{layer['out']}",
+    lambda layer: _ms(layer["ms"]),
+    lambda layer: layer["precision"] or "unknown",
+)
 
 
 def show_plan(plan: dict[str, Any]) -> None:
@@ -137,3 +184,49 @@ def show_plan(plan: dict[str, Any]) -> None:
     console.print(table)
     for note in plan["notes"]:
         console.print(f"note: {note}", markup=False, highlight=False)
+
+
+def show_inspection(inspection: dict[str, Any], *, members: bool) -> None:
+    """The groups as a table, what cannot be pruned and why, and the suggested recipe; `members` lists layers too."""
+    console = Console()
+    whole, unpruned = inspection["network"], inspection["unpruned"]
+    ratios = dict.fromkeys(figure["ratio"] for row in inspection["groups"] for figure in row["sensitivity"] or ())
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("group", overflow="fold")
+    columns = ["channels", "params\nM", "MACs\nM", *(f"{name.upper()}\nms" for name in whole["ms"])]
+    columns += ["score\n10 %", "\n50 %", "\n90 %"]
+    columns += [f"{'acc.' if i == 0 else ''}\n-{ratio:.0%}" for i, ratio in enumerate(ratios)]
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    importance, points = inspection["importance"], ("p10", "median", "p90")
+    # Fixed point in the power of ten of the largest, so that groups can be compared at a glance.
+    largest = max((row["importance"]["p90"] for row in inspection["groups"] if row["importance"]), default=0) or 1
+    unit = 10 ** math.floor(math.log10(largest))
+    for row in inspection["groups"]:
+        worth = [f"{row['importance'][point] / unit:.2f}" for point in points] if row["importance"] else [""] * 3
+        width = f"{row['channels']}{'' if row['prunable'] else '*'}"
+        table.add_row(row["name"], width, *_costs(row), *worth, *map(_accuracy, row["sensitivity"] or ()))
+    table.add_row("rest", "", *_costs(inspection["rest"]))
+    table.add_row("all", "", *_costs(whole))
+    console.print(table)
+    scale = "" if unit == 1 else f"{unit:g} x "
+    lines = [f"score: importance of a group's channels by {importance['kind']}, in {scale}{importance['unit']}"]
+    if unpruned:
+        lines.append(f"acc.: accuracy on validation with the group alone pruned, {unpruned['accuracy']:.3f} unpruned")
+    lines += [f"* {row['name']} stays as it is: {row['reason']}" for row in inspection["groups"] if not row["prunable"]]
+    if members:
+        for row in inspection["groups"]:
+            lines.append(f"{row['name']}: " + ", ".join(f"{m['layer']} ({m['kind']})" for m in row["members"]))
+    lines += [f"note: {note}" for note in inspection["notes"]]
+    suggestion = inspection["suggestion"]
+    lines += ["suggestion:", suggestion["yaml"] or suggestion["made_from"]]
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=suggestion["yaml"] == line)
+
+
+def _costs(row: dict[str, Any]) -> list[str]:
+    return [f"{row['params'] / 1e6:.3f}", f"{row['macs'] / 1e6:.1f}", *(f"{ms:.2f}" for ms in row["ms"].values())]
+
+
+def _accuracy(figure: dict[str, Any]) -> str:
+    return "whole" if figure["accuracy"] is None else f"{figure['accuracy']:.3f}"

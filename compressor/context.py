@@ -4,7 +4,7 @@ Invariant: `Context` never changes during a run, and networks are on the CPU exc
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,15 +12,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from compressor.checkpoint import Network
 from compressor.data import Dataset
 from compressor.data.batches import Augment
 from compressor.distillation import Distillation
 from compressor.errors import RecipeError
 from compressor.feed import Frozen, freezing, parameters_of
-from compressor.inference import visiting
+from compressor.inference import reestimate_batchnorm, visiting
 from compressor.memory import MemoryUse, joined, measure_memory
 from compressor.pruning.groups import resolve_scope
-from compressor.recipe_stages import Finetune, Training
+from compressor.recipe_stages import Finetune, Quantize, Stage
+from compressor.recipe_training import Training
 from compressor.report import Footprint
 from compressor.training import TrainingResult, finetune
 
@@ -35,6 +37,12 @@ class Context:
     run_dir: Path
     precision: str = "auto"  # what a recipe's `precision: auto` means in this run, once it is known
     threads: int | None = None  # of inference, wherever latency is measured; None leaves the choice to OpenVINO
+    full_size: Dataset | None = None  # the images at the baseline's input size, where that is another
+
+    @property
+    def baseline_data(self) -> Dataset:
+        """The images as the baseline takes them: `data`, until a stage reduces the resolution."""
+        return self.full_size or self.data
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,25 @@ class Assignment:
     seed: int
     teacher: nn.Module | None  # the frozen baseline, for distillation and for latencies in fractions of its own
     baseline: Footprint  # what targets such as `0.4x` are fractions of
+    quantize: tuple[str, Quantize] | None = None  # the quantize stage that follows and its key path: what latency means
+    finetune: tuple[int, Finetune] | None = None  # the next finetune and its index: what retraining means
+    start: Network | None = None  # what the stage is given: how another process rebuilds a network that comes of it
+
+
+def assignment_of(
+    stages: Sequence[Stage],
+    index: int,
+    *,
+    seed: int,
+    teacher: nn.Module | None,
+    baseline: Footprint,
+    start: Network | None,
+) -> Assignment:
+    """What a recipe's stage is told; the arguments are `Assignment`'s."""
+    after = list(enumerate(stages))[index + 1 :]
+    quantize = next(((f"stages[{i}]", stage) for i, stage in after if isinstance(stage, Quantize)), None)
+    finetune = next(((i, stage) for i, stage in after if isinstance(stage, Finetune)), None)
+    return Assignment(f"stages[{index}]", seed, teacher, baseline, quantize, finetune, start)
 
 
 @dataclass
@@ -59,6 +86,8 @@ class Work:
     memory: MemoryUse | None = None
     train_time_s: float | None = None
     val_accuracy: float | None = None  # of the network the stage leaves, where its training measured that
+    reached: dict[str, Any] = field(default_factory=dict)  # JSON: how far a stage of many steps has come
+    keep: Callable[[nn.Module], None] = lambda _: None  # keeps the network as it is now, for a run that is cut off
 
 
 @contextmanager
@@ -103,22 +132,40 @@ def loop_options(options: Training, precision: str) -> dict[str, Any]:
 
     `precision` is what `auto` means, see `Context`.
     """
-    values = options.model_dump(exclude={"type", "augment", "distill", "freeze", "freeze_cache_gb"})
+    values = options.model_dump(exclude={"type", "strength", "augment", "distill", "freeze", "freeze_cache_gb"})
     if options.precision == "auto":
         values["precision"] = precision
     return values | {"augment": Augment(**options.augment.model_dump())}
 
 
 def train(
-    module: nn.Module, options: Training, context: Context, assignment: Assignment, *, round_index: int = 0
+    module: nn.Module,
+    options: Training,
+    context: Context,
+    assignment: Assignment,
+    *,
+    key: str = "",
+    round_index: int = 0,
+    penalty: Callable[[], Tensor] | None = None,
 ) -> TrainingResult:
-    """Run the training loop with a recipe's options; `round_index` gives each round of one stage its own seed."""
+    """Run the training loop with a recipe's options.
+
+    Args:
+        module: Trained in place.
+        options: Of the stage itself, or of the training that it has at `key`.
+        context: What it is trained on.
+        assignment: Of the stage.
+        key: See `options`; for messages.
+        round_index: Gives each round of one stage its own seed.
+        penalty: See `finetune`.
+    """
     distill = None
     if options.distill is not None:
         assert assignment.teacher is not None, "the recipe validator demands a baseline before distillation"
-        distill = Distillation(assignment.teacher, options.distill.temperature, options.distill.weight)
+        shown = (context.full_size.train, context.full_size.spec) if context.full_size else None
+        distill = Distillation(assignment.teacher, options.distill.temperature, options.distill.weight, shown)
     data = context.data
-    where = assignment.where if isinstance(options, Finetune) else f"{assignment.where}.recovery"
+    where = f"{assignment.where}.{key}" if key else assignment.where
     with (
         visiting(context.device, module, *([distill.teacher] if distill else [])),
         freezing_as_told(
@@ -134,6 +181,7 @@ def train(
             frozen=frozen,
             seed=assignment.seed + round_index,
             device=context.device,
+            penalty=penalty,
             **loop_options(options, context.precision),
         )
 
@@ -147,12 +195,26 @@ def recovery(
     def recover(module: nn.Module, index: int) -> None:
         if options is None:
             return
-        with measure_memory() as memory:
-            result = train(module, options, context, assignment, round_index=index)
-        histories.append(dataclasses.asdict(result))
-        work.notes += result.frozen["notes"] if result.frozen else []
-        spent = work.train_time_s or 0.0
-        work.memory = memory if work.memory is None else joined(work.memory, spent, memory, result.seconds)
-        work.train_time_s = spent + result.seconds
+        with accounted(work) as results:
+            results.append(train(module, options, context, assignment, key="recovery", round_index=index))
+        histories.append(dataclasses.asdict(results[0]))
 
     return recover
+
+
+@contextmanager
+def accounted(work: Work) -> Iterator[list[TrainingResult]]:
+    """Put the time and memory of a training inside a stage on the stage's account; the block appends its result."""
+    results: list[TrainingResult] = []
+    with measure_memory() as memory:
+        yield results
+    (result,) = results
+    work.notes += result.frozen["notes"] if result.frozen else []
+    spent = work.train_time_s or 0.0
+    work.memory = memory if work.memory is None else joined(work.memory, spent, memory, result.seconds)
+    work.train_time_s = spent + result.seconds
+
+
+def reestimate(module: nn.Module, passes: int, context: Context, seed: int) -> None:
+    """Let BatchNorms see training images again, after what feeds them has changed."""
+    reestimate_batchnorm(module, context.data.train, context.data.spec, passes=passes, seed=seed, device=context.device)

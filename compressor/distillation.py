@@ -11,19 +11,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from compressor.data import Split
 from compressor.feed import Batch
 from compressor.outputs import logits_of
+from compressor.preprocess import InputSpec
 
 MOST_BYTES = 1 << 28  # of remembered answers
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """KL divergence to the teacher's softened outputs, times T squared, with a weight beside the labels' loss."""
+    """KL divergence to the teacher's softened outputs, times T squared, with a weight beside the labels' loss.
+
+    `shown` is what the teacher sees where it takes images of another size: the training images at its own.
+    """
 
     teacher: nn.Module
     temperature: float
     weight: float
+    shown: tuple[Split, InputSpec] | None = None
 
 
 class Answers:

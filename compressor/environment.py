@@ -49,10 +49,11 @@ def prepare_process() -> None:
 
     NNCF builds a C++ extension at first use into torch's extension folder, waits 60 s for it by default (nncf 3.4)
     and is left hanging by the lock of a killed build: an own folder and a longer wait. Importing torch's compiler, as
-    torchao does, makes a folder in the temporary one (torch 2.13).
+    torchao does, makes a folder in the temporary one (torch 2.13). matplotlib keeps its list of fonts.
     """
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache_dir() / "torch_extensions"))
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "torch_inductor"))
+    os.environ.setdefault("MPLCONFIGDIR", str(cache_dir() / "matplotlib"))
     os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "180")
 
 

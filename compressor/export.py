@@ -30,6 +30,7 @@ from compressor.artifacts import atomic_write, write_via
 from compressor.data.files import label_of
 from compressor.errors import ResourceError, UnsupportedModelError
 from compressor.onnx_pooling import any_adaptive_pooling
+from compressor.openvino_core import core
 from compressor.outputs import AsTuple, named_tensors
 from compressor.preprocess import InputSpec, embed_preprocessing
 from compressor.runtime import F32
@@ -146,7 +147,7 @@ def check_exportable(module: nn.Module, spec: InputSpec) -> None:
         session = onnxruntime.InferenceSession(network.SerializeToString(), providers=["CPUExecutionProvider"])
         got = {"onnxruntime": session.run(list(wanted), {_PLANES: x.numpy()})}
         converted = ov.convert_model(io.BytesIO(network.SerializeToString()))
-        compiled = ov.compile_model(converted, "CPU", F32)
+        compiled = core().compile_model(converted, "CPU", F32)
         got["OpenVINO"] = [np.asarray(value) for value in compiled([x.numpy()]).values()]
     except Exception as error:  # whatever the runtimes raise on an operation that they do not have
         reason = next(iter(str(error).strip().splitlines()), "")
@@ -353,6 +354,11 @@ def model_info(spec: InputSpec, labels: Sequence[str], *, embedded: bool) -> dic
     if embedded:
         info |= {"embedded_processing": "YES", "orig_height": str(spec.height), "orig_width": str(spec.width)}
     return info
+
+
+def ir_bytes(path: Path) -> int:
+    """Size of an IR: its .xml and its .bin."""
+    return path.stat().st_size + path.with_suffix(".bin").stat().st_size
 
 
 def save_ir(model: ov.Model, path: Path) -> None:

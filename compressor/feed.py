@@ -117,9 +117,14 @@ def open_feed(
     augment: Augment | None,
     dtype: torch.dtype,
     device: str,
+    shown: tuple[Split, InputSpec] | None = None,
 ) -> Feed:
-    """Decide what is cached of the frozen layers, and open the file for it; nothing is computed yet but one example."""
+    """Decide what is cached of the frozen layers, and open the file for it; nothing is computed yet but one example.
+
+    `shown` holds the training images at the size a teacher takes, where that is another than the network's.
+    """
     images = partial(drawn_images, train, spec, augment=augment, device=device)
+    views = images if shown is None else partial(_resized, *shown, spec, augment=augment, device=device)
     kinds = augment.orientations() if augment else (0,)
     train_rows = len(train.labels) * len(kinds or ())
 
@@ -129,7 +134,8 @@ def open_feed(
     def live(size: int, generator: torch.Generator) -> Iterator[Batch]:
         for chosen, draw in draws(len(train.labels), size=size, generator=generator, augment=augment):
             x = images(chosen, draw)
-            yield Batch(x, labels_of(train, chosen, device), partial(_places, x.detach()), numbered(chosen, draw))
+            seen = partial(_places, x.detach()) if shown is None else partial(_some, views, chosen, draw)
+            yield Batch(x, labels_of(train, chosen, device), seen, numbered(chosen, draw))
 
     if not frozen.layers:
         return Feed(module, live, train_rows)
@@ -154,8 +160,8 @@ def open_feed(
         for chosen, draw in draws(len(train.labels), size=size, generator=generator, augment=augment):
             rows = numbered(chosen, draw)
             assert rows is not None, "features are kept only where images can be numbered"
-            some = partial(_some, images, chosen, draw.orientations)
-            yield Batch(features.of(rows, some), labels_of(train, chosen, device), some, rows)
+            inputs = features.of(rows, partial(_some, images, chosen, draw))
+            yield Batch(inputs, labels_of(train, chosen, device), partial(_some, views, chosen, draw), rows)
 
     def val_features(part: slice) -> Tensor:
         rows = np.arange(len(val.labels))[part]
@@ -173,13 +179,26 @@ def open_feed(
 def _some(
     images: Callable[[NDArray[np.int64], Draw], Tensor],
     chosen: NDArray[np.int64],
-    orientations: Tensor,
+    draw: Draw,
     places: NDArray[np.int64] | None,
 ) -> Tensor:
     """A batch's images, or only those at some places of it, changed as all of it would be."""
-    if places is None:
-        return images(chosen, Draw(orientations))
-    return images(chosen[places], Draw(orientations[places]))
+    return images(chosen, draw) if places is None else images(chosen[places], draw.at(places))
+
+
+def _resized(
+    split: Split,
+    spec: InputSpec,
+    drawn_for: InputSpec,
+    chosen: NDArray[np.int64],
+    draw: Draw,
+    *,
+    augment: Augment | None,
+    device: str,
+) -> Tensor:
+    """The images of a batch at another size than the one they were drawn for, changed alike."""
+    scaled = draw.scaled(spec.height / drawn_for.height, spec.width / drawn_for.width)
+    return drawn_images(split, spec, chosen, scaled, augment=augment, device=device)
 
 
 def _places(x: Tensor, places: NDArray[np.int64] | None) -> Tensor:

@@ -18,6 +18,7 @@ from compressor.data import Split
 from compressor.data.batches import draws, to_input
 from compressor.environment import BF16_FEATURES, cpu_flags
 from compressor.metrics import top1
+from compressor.modes import evaluating
 from compressor.outputs import logits_of
 from compressor.preprocess import InputSpec
 from compressor.small_maps import SmallMaps
@@ -54,7 +55,6 @@ def visiting(device: str, *modules: nn.Module) -> Iterator[None]:
             module.to(home)
 
 
-@torch.no_grad()
 def predict(
     module: nn.Module,
     images: NDArray[np.uint8],
@@ -68,15 +68,12 @@ def predict(
 
     With `features` the module is a network's end, and is given what they return for some of the images instead.
     """
-    was_training = module.training
-    module.eval()
     outputs = []
-    with visiting(device, module), arithmetic(dtype, device):
+    with visiting(device, module), evaluating(module), arithmetic(dtype, device):
         for start in range(0, len(images), EVALUATION_BATCH):
             rows = slice(start, start + EVALUATION_BATCH)
             out = module(features(rows) if features else to_input(images[rows], spec, device))
             outputs.append(logits_of(out).float().cpu())
-    module.train(was_training)
     return torch.cat(outputs)
 
 
@@ -96,7 +93,6 @@ def evaluate(
     return float(top1(logits.numpy(), np.asarray(split.labels)).mean()), loss
 
 
-@torch.no_grad()
 def reestimate_batchnorm(
     module: nn.Module, split: Split, spec: InputSpec, *, passes: int, seed: int, device: str = "cpu", size: int = 32
 ) -> None:
@@ -107,22 +103,18 @@ def reestimate_batchnorm(
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms or passes < 1:
         return
-    saved = [(m.momentum, m.training) for m in norms]
-    was_training = module.training
-    module.eval()
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = None  # cumulative average
-        m.train()
+    momenta = [m.momentum for m in norms]
     generator = torch.Generator().manual_seed(seed)
     shuffled = draws(len(split.labels), size=size, generator=generator, augment=None)
-    with visiting(device, module), arithmetic(torch.float32, device):
+    with visiting(device, module), evaluating(module), arithmetic(torch.float32, device):
+        for m in norms:
+            m.reset_running_stats()
+            m.momentum = None  # cumulative average
+            m.train()
         for chosen, _ in itertools.islice(shuffled, passes):
             module(to_input(split.images[chosen], spec, device))
-    module.train(was_training)
-    for m, (momentum, training) in zip(norms, saved, strict=True):
+    for m, momentum in zip(norms, momenta, strict=True):
         m.momentum = momentum
-        m.train(training)
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:

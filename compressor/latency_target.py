@@ -1,175 +1,218 @@
-"""How many MACs a pruned network may have to run within a latency: measured on its own IR, not predicted.
+"""Timing and weighing networks as they would be deployed, and learning from a few what the others would take.
 
-Invariant: the network asked about is never touched; probes are pruned copies, timed in turns with the baseline.
+Invariant: the network asked about is never touched; copies of it are timed, in turns with the baseline.
 """
 
 import copy
+import hashlib
+import json
 import logging
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
+import openvino as ov
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from compressor import environment
+from compressor.artifacts import write_json
 from compressor.benchmark import Candidate, measure_latency
-from compressor.errors import RecipeError
-from compressor.export import convert_float_ir, save_ir
-from compressor.models.counting import count
-from compressor.preprocess import InputSpec
-from compressor.pruning.apply import apply_plan
-from compressor.pruning.groups import ChannelGroup
-from compressor.pruning.plan import decide_plan
+from compressor.export import ir_bytes, save_ir
+from compressor.latency_model import LatencyModel, Observation, fit_latency
+from compressor.profiling import profile, times_of_layers
+from compressor.pruning.coupling import ChannelGroup
+from compressor.pruning.surgery import kept_widths, shrink
 from compressor.runtime import F32
+from compressor.target_search import Reading
 
 log = logging.getLogger(__name__)
 
-PROBES = 6  # halvings: the answer is within 1/64 of the range of MACs
-CALLS = 60  # timed calls of each probe; the budget's own measurement takes more
-_EVERYTHING = 1 - 1e-6  # as pruning ratio: all that min_channels lets go
+ROUNDS = 5  # a compiled network keeps the luck of where its memory lies: each round compiles both anew
+CALLS = 60  # timed calls of each in a round
+RANDOM_COPIES = 6  # timed beside the whole network and the smallest; four terms of each layer are fitted to all
+PROFILES = 3  # looks into a compiled network: the middle one counts
 
 
-@dataclass(frozen=True)
-class Probe:
-    """One pruned copy: its MACs, its median latency, the baseline's beside it, and the latency asked for then."""
-
-    macs: int
-    latency_ms: float
-    baseline_ms: float
-    goal_ms: float
-
-    @property
-    def met(self) -> bool:
-        """Whether it is fast enough."""
-        return self.latency_ms <= self.goal_ms
-
-
-def search_macs(probe: Callable[[int], Probe], *, smallest: int, largest: int) -> tuple[int, list[Probe]]:
-    """Find the largest MACs target whose network is fast enough, by halving.
+class DeploymentBench:
+    """Times networks in turns with a baseline, and weighs them; a context, because their files need a folder.
 
     Args:
-        probe: Prunes a copy to at most so many MACs and times it.
-        smallest: Fewest MACs that pruning can reach.
-        largest: MACs to try first; nothing is searched where they are fast enough.
-
-    Returns:
-        The MACs target, which a probe has met, and all probes in order.
-
-    Raises:
-        RecipeError: Even the smallest network is too slow; the message tells the range that can be reached.
-    """
-    probes = [probe(largest)]
-    if probes[0].met:
-        return largest, probes
-    probes.append(probe(smallest))
-    first, last = probes
-    if not last.met:
-        raise RecipeError(
-            f"found {last.goal_ms:.3g} ms, but the smallest network that these settings allow ({last.macs:,} MACs) "
-            f"takes {last.latency_ms:.3g} ms; reachable here: {last.latency_ms:.3g} to {first.latency_ms:.3g} ms "
-            f"({last.latency_ms / last.baseline_ms:.2f}x to {first.latency_ms / first.baseline_ms:.2f}x of the "
-            "baseline). A smaller min_channels or round_to, or less in ignored_scope, reaches further"
-        )
-    low, high = smallest, first.macs  # low is fast enough, high is not
-    for _ in range(PROBES):
-        middle = (low + high) // 2
-        if middle <= low:
-            break
-        probes.append(probe(middle))
-        if probes[-1].met:
-            low = middle
-        else:
-            high = probes[-1].macs  # any target from there to `middle` gives this very network
-    return low, probes
-
-
-def macs_for_latency(
-    module: nn.Module,
-    example: Tensor,
-    *,
-    baseline: nn.Module,
-    goal: Callable[[float], float],
-    groups: Sequence[ChannelGroup],
-    scores: Mapping[str, Tensor],
-    ranking: Literal["local", "global"],
-    round_to: int,
-    min_channels: int,
-    macs: int | None,
-    params: int | None,
-    spec: InputSpec,
-    labels: Sequence[str],
-    images: NDArray[np.uint8],
-    folder: Path,
-    threads: int | None,
-) -> tuple[int, list[Probe]]:
-    """Find the MACs target under which the pruned network's float IR, at OpenVINO's default precision, meets a latency.
-
-    Args:
-        module: The network to be pruned; left as it is.
-        example: Input `(N, C, H, W)`.
-        baseline: Timed beside every probe at f32, so that a fraction of its latency means the same moment.
-        goal: The latency asked for in ms, given the baseline's.
-        groups: From `find_groups`.
-        scores: From `score_groups`.
-        ranking: As for `decide_plan`, like `round_to` and `min_channels`.
-        round_to: Kept channels are multiples of it.
-        min_channels: Fewest channels a group keeps.
-        macs: Another target, which the answer does not exceed; None: none.
-        params: Likewise for parameters; every probe meets it.
-        spec: Preprocessing inside the IR.
-        labels: Class names.
+        baseline_ir: Timed at f32, unless `baseline_config` says otherwise.
+        deployed_ir: Makes a network's IR at the precision it will be deployed in; timed at OpenVINO's default.
         images: (N, h, w, 3) RGB at network size, fed in turn.
+        baseline_images: The same at the baseline's.
         folder: IRs are written into a temporary folder below it.
         threads: Inference threads; None leaves the choice to OpenVINO.
-
-    Returns:
-        The MACs target and the probes it rests on.
-
-    Raises:
-        RecipeError: Some target cannot be reached.
+        baseline_config: Properties the baseline is compiled with.
     """
 
-    def shrunk(ratio: float | None, target: int | None) -> nn.Module:
-        plan = decide_plan(
-            module,
-            example,
-            groups=groups,
-            scores=scores,
-            ranking=ranking,
-            pruning_ratio=ratio,
-            target_macs=target,
-            target_params=None if ratio is not None else params,
-            round_to=round_to,
-            min_channels=min_channels,
-        )
-        network = copy.deepcopy(module)
-        apply_plan(network, plan, example)
-        return network
+    def __init__(
+        self,
+        baseline_ir: ov.Model,
+        deployed_ir: Callable[[nn.Module], ov.Model],
+        images: NDArray[np.uint8],
+        baseline_images: NDArray[np.uint8],
+        folder: Path,
+        threads: int | None,
+        baseline_config: Mapping[str, str] = F32,
+    ) -> None:
+        self._baseline_ir, self._deployed_ir, self._baseline_config = baseline_ir, deployed_ir, baseline_config
+        self._images, self._baseline_images, self._folder, self._threads = images, baseline_images, folder, threads
+        self._open = ExitStack()
+        self._written: nn.Module | None = None
 
-    whole = count(module, example).macs
-    largest = whole if macs is None else min(macs, whole)
-    smallest = count(shrunk(_EVERYTHING, None), example).macs
-    with ExitStack() as stack:
-        room = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="latency", dir=folder)))
-        save_ir(convert_float_ir(baseline, spec, labels), room / "baseline.xml")
+    def __enter__(self) -> Self:
+        self._room = Path(self._open.enter_context(tempfile.TemporaryDirectory(prefix=".deployed", dir=self._folder)))
+        save_ir(self._baseline_ir, self._room / "baseline.xml")
+        return self
 
-        def probe(target: int) -> Probe:
-            network = shrunk(None, target)
-            save_ir(convert_float_ir(network, spec, labels), room / "probe.xml")
-            found = time_irs(room / "baseline.xml", room / "probe.xml", images, threads)
-            answer = Probe(count(network, example).macs, found[1], found[0], goal(found[0]))
-            log.info("%s MACs: %.3g ms, asked for %.3g ms", f"{answer.macs:,}", answer.latency_ms, answer.goal_ms)
-            return answer
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._open.close()
 
-        return search_macs(probe, smallest=smallest, largest=largest)
+    def _write(self, network: nn.Module) -> Path:
+        """Export a network, which must not change while it is asked about; the last one's files are kept."""
+        path = self._room / "network.xml"
+        if network is not self._written:
+            save_ir(self._deployed_ir(network), path)
+            self._written = network
+        return path
+
+    def weigh(self, network: nn.Module) -> Reading:
+        """Bytes of a network's IR, .xml and .bin, and of the baseline's."""
+        return Reading(ir_bytes(self._write(network)), ir_bytes(self._room / "baseline.xml"))
+
+    def time(self, network: nn.Module) -> Reading:
+        """Median latency in ms of a network and of the baseline beside it, of the middle round of several."""
+        probe = Candidate(self._write(network), images=self._images)
+        baseline = Candidate(self._room / "baseline.xml", self._baseline_config, self._baseline_images)
+        pairs = [time_pair(baseline, probe, self._threads) for _ in range(ROUNDS)]
+        rounds = sorted((Reading(latency, baseline) for baseline, latency in pairs), key=lambda timed: timed.fraction)
+        return rounds[ROUNDS // 2]
+
+    def observe(self, network: nn.Module) -> Observation:
+        """Export a network, time it, and see which layers the time goes to."""
+        fraction = self.time(network).fraction
+        widths = kept_widths(network, {})
+        operations = profile(self._write(network), self._images, threads=self._threads)
+        times, rest = times_of_layers(operations, widths)
+        return Observation(widths, _shares(times, rest), fraction)
+
+    def shares_of_layers(
+        self, networks: Mapping[str, nn.Module], layers: Collection[str]
+    ) -> dict[str, dict[str, float]]:
+        """Export networks and see, in turns, what share of its time each spends in which layer: the median turn's.
+
+        A layer that no operation of the compiled network bears the name of is not among them.
+        """
+        files = {name: self._room / f"{name}.xml" for name in networks}
+        for name, network in networks.items():
+            save_ir(self._deployed_ir(network), files[name])
+        turns: dict[str, list[dict[str, float]]] = {name: [] for name in networks}
+        for _ in range(PROFILES):
+            for name, xml in files.items():
+                turns[name].append(_shares(*times_of_layers(profile(xml, self._images, threads=self._threads), layers)))
+        return {
+            name: {layer: float(np.median([turn[layer] for turn in seen])) for layer in seen[0] if layer in layers}
+            for name, seen in turns.items()
+        }
 
 
-def time_irs(baseline: Path, probe: Path, images: NDArray[np.uint8], threads: int | None) -> tuple[float, float]:
-    """Median latencies in ms of the baseline's IR at f32 and of a probe's at default precision, in turns."""
-    candidates = {"baseline": Candidate(baseline, F32), "probe": Candidate(probe)}
-    times = measure_latency(candidates, images, calls=CALLS, threads=threads)
+def _shares(times: Mapping[str, float], rest: float) -> dict[str, float]:
+    whole = rest + sum(times.values())
+    return {name: ms / whole for name, ms in times.items()}
+
+
+def time_pair(baseline: Candidate, probe: Candidate, threads: int | None) -> tuple[float, float]:
+    """Median latencies in ms of the baseline and of a probe, each on its own images, in turns."""
+    assert probe.images is not None
+    times = measure_latency({"baseline": baseline, "probe": probe}, probe.images, calls=CALLS, threads=threads)
     return times["baseline"].median_ms, times["probe"].median_ms
+
+
+def measured_model(
+    module: nn.Module,
+    example: Tensor,
+    groups: Sequence[ChannelGroup],
+    bench: DeploymentBench,
+    *,
+    floor: int,
+    identity: Mapping[str, Any],
+) -> LatencyModel:
+    """Learn what channels cost from copies of the network: whole, as small as may be, and some of random widths.
+
+    Remembered for the network, what `identity` says and the machine, as long as the packages stay the same.
+
+    Args:
+        module: The network; left as it is.
+        example: Input `(N, C, H, W)`.
+        groups: From `find_groups`.
+        bench: Times the copies.
+        floor: Fewest channels of a group.
+        identity: JSON; what else decides the time: precision, threads.
+    """
+    prunable = [group for group in groups if group.prunable and group.channels > floor]
+    shapes = {name: list(value.shape) for name, value in module.state_dict().items()}
+    key = {
+        "network": hashlib.sha256(repr((str(module), sorted(shapes.items()))).encode()).hexdigest(),
+        "input": list(example.shape),
+        "groups": [group.name for group in prunable],
+        "floor": floor,
+        "cpu": environment.cpu_model(),
+        "isa": sorted(environment.cpu_flags() & {*environment.BF16_FEATURES, *environment.INT8_FEATURES}),
+        "cpus": environment.usable_cpus(),
+        "versions": environment.versions(),
+        **identity,
+    }
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    file = environment.cache_dir() / "latency" / f"{name}.json"
+    try:
+        return LatencyModel.from_dict(json.loads(file.read_text())["model"])
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ):  # never measured here, or damaged: measured again
+        pass
+    observations = [bench.observe(module)]
+    for widths in random_widths({group.name: group.channels for group in prunable}, floor, RANDOM_COPIES):
+        observations.append(bench.observe(narrowed(module, prunable, widths)))
+    model = fit_latency(observations)
+    log.info(
+        "latency model of %d layers from %d copies: at most %.0f %% off on these",
+        len(model.layers),
+        len(observations),
+        100 * model.error,
+    )
+    write_json(file, {"model": model.to_dict(), "of": key})
+    return model
+
+
+def random_widths(channels: Mapping[str, int], floor: int, copies: int) -> list[dict[str, int]]:
+    """Widths of every group in each copy: the floor everywhere, then every group once in each part of its range.
+
+    A Latin hypercube: with few copies every layer is seen wide and narrow, beside neighbours of every width.
+    """
+    generator = torch.Generator().manual_seed(0)
+    order = {name: torch.randperm(copies, generator=generator).tolist() for name in channels}
+    drawn = [
+        {name: floor + int((width - floor) * (order[name][i] + 0.5) / copies) for name, width in channels.items()}
+        for i in range(copies)
+    ]
+    return [dict.fromkeys(channels, floor), *drawn]
+
+
+def narrowed(module: nn.Module, groups: Sequence[ChannelGroup], widths: Mapping[str, int]) -> nn.Module:
+    """A copy of the network with the first so many channels of each group; which ones does not matter to the clock."""
+    network = copy.deepcopy(module)
+    shrink(network, groups, {name: range(width) for name, width in widths.items()})
+    return network

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from compressor.environment import usable_cpus
+from compressor.modes import evaluating
 from compressor.outputs import LOGITS, named_tensors
 from compressor.preprocess import InputSpec
 from compressor.runtime import DEFAULT, F32, compile_ir, predict
@@ -224,24 +225,18 @@ def torch_outputs(
         nudge: Standard deviation of seeded noise added to the pixels, in levels of 255.
         only: Name of the one output that is asked for.
     """
-    modes = [(child, child.training) for child in module.modules()]
     device = next(module.parameters()).device
     mean, std = (torch.tensor(values, device=device).reshape(1, 3, 1, 1) for values in (spec.mean, spec.std))
-    try:
-        module.eval()
-        with torch.no_grad():
-            generator = torch.Generator().manual_seed(0)
-            rows: dict[str, list[NDArray[np.float32]]] = {}
-            for start in range(0, len(images), _BATCH):
-                planes = _planes(images[start : start + _BATCH])
-                if nudge:
-                    planes = planes + nudge * torch.randn(planes.shape, generator=generator)
-                for name, value in named_tensors(module((planes.to(device) / 255 - mean) / std)).items():
-                    if only in (None, name):
-                        rows.setdefault(name, []).append(value.float().cpu().numpy())
-    finally:
-        for child, training in modes:
-            child.training = training
+    generator = torch.Generator().manual_seed(0)
+    rows: dict[str, list[NDArray[np.float32]]] = {}
+    with evaluating(module):
+        for start in range(0, len(images), _BATCH):
+            planes = _planes(images[start : start + _BATCH])
+            if nudge:
+                planes = planes + nudge * torch.randn(planes.shape, generator=generator)
+            for name, value in named_tensors(module((planes.to(device) / 255 - mean) / std)).items():
+                if only in (None, name):
+                    rows.setdefault(name, []).append(value.float().cpu().numpy())
     return {name: np.concatenate(parts) for name, parts in rows.items()}
 
 

@@ -5,7 +5,7 @@ Invariant: work happens in `RUN.partial/`; `RUN` appears by one rename, after it
 
 import copy
 import dataclasses
-import hashlib
+import functools
 import json
 import logging
 import shutil
@@ -18,29 +18,41 @@ import torch
 from torch import nn
 
 from compressor import environment
-from compressor.artifacts import sha256_of, write_json
 from compressor.backbone import build_dense, input_spec, resolve_input
 from compressor.checkpoint import Network, load_network, save_network
 from compressor.clock import Clock
-from compressor.context import Assignment, Context, Work
-from compressor.data import Dataset, load_dataset
+from compressor.context import Context, Work, assignment_of
+from compressor.data import Dataset
 from compressor.data.batches import to_input
 from compressor.errors import RecipeError, ResourceError, TrainingError
 from compressor.export import check_exportable
 from compressor.inference import frozen_copy
+from compressor.measurement import Networks
 from compressor.models import zoo
 from compressor.models.counting import count
 from compressor.models.custom import Own, own_network
 from compressor.models.weights import WeightsReport
 from compressor.precision import TrainingPrecision, faster_precision
-from compressor.preprocess import InputSpec
-from compressor.proof import Networks, prove
-from compressor.recipe import DropBlocks, Finetune, ModelSection, Prune, Quantize, Recipe, Stage, Training, custom_model
+from compressor.proof import prove
+from compressor.recipe import DropBlocks, Finetune, ModelSection, Quantize, Recipe, Stage, custom_model
 from compressor.recipe_loader import load_recipe
+from compressor.recipe_stages import trainings_of
 from compressor.report import Footprint, Report, write_report
-from compressor.run_folder import fresh_run_dir, log_file, open_partial, publish, remember_stage, stage_is_ready
-from compressor.stages import Outcome, not_finite, run_stage
-from compressor.structure import check_scopes, measures_latency
+from compressor.resolution import contexts_of, load_data, sizes_of
+from compressor.resume_points import keep_point, last_point, point_of
+from compressor.run_folder import (
+    fresh_run_dir,
+    keep_stage,
+    log_file,
+    open_partial,
+    publish,
+    remember_stage,
+    stage_is_ready,
+)
+from compressor.simulation import check_targets
+from compressor.stage_targets import digest, stage_keys
+from compressor.stages import not_finite, run_stage
+from compressor.structure import check_scopes
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +63,8 @@ class _Run:
 
     recipe: Recipe
     partial: Path
-    context: Context
+    context: Context  # of the baseline
+    contexts: list[Context]  # of each stage
     weights: WeightsReport
     precision: TrainingPrecision
     clock: Clock
@@ -99,10 +112,10 @@ def compress(
         run = run.resolve()
     with open_partial(run, tree, resume=resume, force=force) as partial, log_file(partial / "run.log"):
         clock = Clock()
-        state, network = _prepare(tree, partial, _device(device), clock, own)
+        state, network = _prepare(tree, partial, choose_device(device), clock, own)
         networks = _run_stages(state, network)
         report = prove(
-            state.context,
+            state.contexts[-1],
             tree,
             networks,
             records=state.records,
@@ -140,7 +153,7 @@ def _prepare(recipe: Recipe, partial: Path, device: str, clock: Clock, own: Own 
     """Load data and weights: everything that can be found wrong before a stage starts."""
     with clock("prepare"):
         spec = input_spec(recipe)
-        data = _load_data(recipe, spec)
+        data = load_data(recipe, spec)
         torch.manual_seed(recipe.seed)
         dense = build_dense(recipe, len(data.labels), own)
         module, weights = dense.module, dense.weights
@@ -148,6 +161,7 @@ def _prepare(recipe: Recipe, partial: Path, device: str, clock: Clock, own: Own 
             _refuse_untrained_baseline(recipe, weights)
         example = to_input(data.train.images[:1], spec, "cpu")
         check_scopes(module, recipe.stages, example)
+        sizes_of(recipe.stages, (spec.height, spec.width))  # what is wrong with them is known before it is worked with
         if dense.architecture["source"] != "builtin":
             check_exportable(module, spec)
     with clock("training precision"):
@@ -155,20 +169,24 @@ def _prepare(recipe: Recipe, partial: Path, device: str, clock: Clock, own: Own 
             recipe, module, {**dense.architecture, "identity": dense.identity}, data, device
         )
     context = Context(example, data, device, partial, precision.chosen, recipe.benchmark.threads)
-    state = _Run(recipe, partial, context, weights, precision, clock, dense.identity)
+    with clock("prepare"):
+        contexts = contexts_of(recipe.stages, context, functools.partial(load_data, recipe, like=data))
+    with clock("reachability"):
+        network = Network(module, dense.architecture, (), None, (3, spec.height, spec.width))
+        check_targets(network, recipe.stages, context.example, contexts, recipe.seed)
+    state = _Run(recipe, partial, context, contexts, weights, precision, clock, dense.identity)
     if own is not None:
         state.dense = copy.deepcopy(module)
     imported = zoo.import_note(recipe.model.source)
     state.notes += [*data.notes, *weights.notes, *([imported] if imported else [])]
-    return state, Network(module, dense.architecture, (), None, (3, spec.height, spec.width))
+    return state, network
 
 
 def _training_precision(
     recipe: Recipe, module: nn.Module, architecture: Mapping[str, Any], data: Dataset, device: str
 ) -> TrainingPrecision:
     """What `precision: auto` means in this run: measured for the dense network with the first training's batch."""
-    options = [part for stage in recipe.stages for part in (stage, getattr(stage, "recovery", None))]
-    trainings = [part for part in options if isinstance(part, Training)]
+    trainings = [options for stage in recipe.stages for _, options in trainings_of(stage)]
     if not any(training.precision == "auto" for training in trainings):
         return TrainingPrecision("auto")
     batch = to_input(data.train.images[: trainings[0].batch_size], data.spec, "cpu")
@@ -194,12 +212,16 @@ def _refuse_untrained_baseline(recipe: Recipe, weights: WeightsReport) -> None:
 
 
 def _needs_teacher(stage: Stage) -> bool:
-    recovery = getattr(stage, "recovery", None)
     judged = isinstance(stage, DropBlocks) and stage.metric == "distill_loss"
-    return judged or getattr(stage, "distill", None) is not None or (recovery and recovery.distill) is not None
+    return judged or any(options.distill is not None for _, options in trainings_of(stage))
 
 
-def _device(asked: str) -> str:
+def choose_device(asked: str) -> str:
+    """Where to train: what is asked for, or with `auto` CUDA where there is one.
+
+    Raises:
+        RecipeError, ResourceError: There is no such device.
+    """
     if asked == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if asked == "cuda" and not torch.cuda.is_available():
@@ -209,32 +231,24 @@ def _device(asked: str) -> str:
     return asked
 
 
-def _load_data(recipe: Recipe, spec: InputSpec) -> Dataset:
-    cache = environment.cache_dir() / "data"
-    return load_dataset(spec=spec, cache=cache, seed=recipe.seed, **recipe.data.model_dump())
-
-
 def _first_key(state: _Run) -> str:
     """What the first stage depends on: model, weights, data with its preprocessing, seed, code, versions, processor."""
-    return _digest(
+    context = state.context
+    return digest(
         {
             "code": environment.code_digest(),
             "model": state.recipe.model.model_dump(mode="json"),
             "identity": state.identity,
             "weights": state.weights.sha256,
-            "data": state.context.data.fingerprint,
+            "data": context.data.fingerprint,
             "seed": state.recipe.seed,
             "versions": environment.versions(),
-            "device": state.context.device,
-            "precision": state.context.precision,
+            "device": context.device,
+            "precision": context.precision,
             # What `overflow_fix: auto` looks at.
             "isa": sorted(environment.cpu_flags() & {*environment.INT8_FEATURES, *environment.BF16_FEATURES}),
         }
     )
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _run_stages(state: _Run, network: Network) -> Networks:
@@ -242,11 +256,7 @@ def _run_stages(state: _Run, network: Network) -> Networks:
     stages = state.recipe.stages
     lead = leading_finetunes(state.recipe)
     quantize_at = next((i for i, stage in enumerate(stages) if isinstance(stage, Quantize)), None)
-    keys = [_first_key(state)]
-    for stage in stages:
-        # A latency found with one number of threads says nothing about another.
-        threads = [str(state.context.threads)] if isinstance(stage, Prune) and measures_latency(stage) else []
-        keys.append(_digest([keys[-1], stage.model_dump(mode="json"), *threads]))
+    keys = stage_keys(_first_key(state), stages, state.contexts)
     ready = 0
     while ready < len(stages) and stage_is_ready(_stage_folder(state, ready), keys[ready + 1]):
         ready += 1
@@ -273,12 +283,13 @@ def _run_stages(state: _Run, network: Network) -> Networks:
         log.info("stage %d/%d %s", i + 1, len(stages), stages[i].type)
         network = _run_one(state, i, network, keys[i + 1], teacher, baseline)
     final = dataclasses.replace(network, module=frozen_copy(network.module))
+    quantized = final.quantizer is not None  # a quantize stage may have found that float is faster
     return Networks(
         baseline=kept["baseline"],
         baseline_trained=lead > 0 or state.weights.head_loaded,
         lead=lead,
-        floating=kept.get("floating", final),
-        quantized=final if quantize_at is not None else None,
+        floating=kept["floating"] if quantized else final,
+        quantized=final if quantized else None,
     )
 
 
@@ -286,13 +297,23 @@ def _run_one(
     state: _Run, index: int, network: Network, key: str, teacher: nn.Module | None, baseline: Footprint
 ) -> Network:
     """Run one stage and keep what came out."""
-    stage = state.recipe.stages[index]
-    assignment = Assignment(f"stages[{index}]", state.recipe.seed + index, teacher, baseline)
-    work = Work({}, [], [])
+    stages, seed = state.recipe.stages, state.recipe.seed + index
+    stage = stages[index]
+    assignment = assignment_of(stages, index, seed=seed, teacher=teacher, baseline=baseline, start=network)
+    folder, start = _stage_folder(state, index), network
+    point = point_of(folder)
+    network, work = last_point(point, key, start, copy.deepcopy(state.dense)) or (start, Work({}, [], []))
+    if work.reached:
+        log.info("stage %d/%d %s goes on where it was cut off", index + 1, len(stages), stage.type)
+
+    def keep(module: nn.Module) -> None:
+        keep_point(point, key, dataclasses.replace(start, module=module, edits=(*start.edits, *work.edits)), work)
+
+    work.keep = keep
     name = f"stages[{index}] {stage.type}"
     try:
         with state.clock(name):
-            outcome = run_stage(stage, network, state.context, assignment, work)
+            outcome = run_stage(stage, network, state.contexts[index], assignment, work)
     except TrainingError as error:
         if not_finite(network.module):
             raise
@@ -310,9 +331,9 @@ def _run_one(
     }
     for note in outcome.notes:
         log.warning("stages[%d]: %s", index, note)
-    folder = _stage_folder(state, index)
     with state.clock("keep stages"):
-        record = _keep(folder, outcome, record)
+        record = keep_stage(folder, outcome.network, outcome.plans, record)
+        shutil.rmtree(point, ignore_errors=True)
         remember_stage(folder, key)
         state.records.append({**record, "reused": False})
         accuracy = outcome.footprint.val_accuracy or 0.0
@@ -323,20 +344,6 @@ def _run_one(
 
 def _load_stage(state: _Run, folder: Path) -> Network:
     return load_network(folder, copy.deepcopy(state.dense))
-
-
-def _keep(folder: Path, outcome: Outcome, record: dict[str, Any]) -> dict[str, Any]:
-    """Write a stage's folder, which appears by one rename; returns its record with the digests of its files."""
-    unfinished = folder.with_name("." + folder.name)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    save_network(unfinished, outcome.network)
-    if outcome.plans:
-        write_json(unfinished / "plan.json", {"plans": outcome.plans})
-    record = {**record, "files": {path.name: sha256_of(path) for path in sorted(unfinished.iterdir())}}
-    write_json(unfinished / "footprint.json", record)
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
-    return record
 
 
 def _stage_folder(state: _Run, index: int) -> Path:

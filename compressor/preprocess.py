@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from openvino import opset13 as op
 
 from compressor.errors import RecipeError, UnsupportedModelError, did_you_mean
+from compressor.openvino_core import core
 
 RESIZES = ("pillow_bilinear", "pillow_bicubic", "linear")
 FITS = ("stretch", "center_crop")
@@ -120,9 +121,9 @@ def _compile_single_threaded(model: ov.Model) -> ov.CompiledModel:
     try:
         # The plugin keeps 5,000 compiled kernels, one or two per input size: about a megabyte each here. The property
         # is not a documented one (openvino 2026.4), hence the way out.
-        return ov.compile_model(model, "CPU", {**config, "CPU_RUNTIME_CACHE_CAPACITY": 256})
+        return core().compile_model(model, "CPU", {**config, "CPU_RUNTIME_CACHE_CAPACITY": 256})
     except RuntimeError:
-        return ov.compile_model(model, "CPU", config)
+        return core().compile_model(model, "CPU", config)
 
 
 def embed_preprocessing(network: ov.Model, spec: InputSpec) -> ov.Model:

@@ -14,20 +14,20 @@ from compressor.errors import did_you_mean
 from compressor.recipe_bounds import STRICT, Bound, Budget
 from compressor.recipe_rules import DEFAULT_SIZE, broken_rules
 from compressor.recipe_stages import (
-    Augment,
-    Distill,
+    SIZE_SCHEMA,
     DropBlocks,
     Finetune,
-    MacsTarget,
     Prune,
     Quantize,
     ReduceChannels,
+    ReduceResolution,
     ReplaceKernels,
+    Side,
     Stage,
     Target,
-    Training,
-    refuse,
+    both_sides,
 )
+from compressor.recipe_training import Augment, Distill, Sparsify, Training, refuse
 
 __all__ = [
     "Augment",
@@ -40,13 +40,14 @@ __all__ = [
     "ExportSection",
     "Finetune",
     "InputSection",
-    "MacsTarget",
     "ModelSection",
     "Prune",
     "Quantize",
     "Recipe",
     "ReduceChannels",
+    "ReduceResolution",
     "ReplaceKernels",
+    "Sparsify",
     "Stage",
     "Target",
     "Training",
@@ -59,16 +60,7 @@ BROUGHT_ALONG = ("plugin", "custom")  # sources whose networks may come with wei
 
 Unit = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, le=1)]
-Side = Annotated[int, Field(ge=8, le=4096)]
-
-
-def _both_sides(size: object) -> object:
-    return (size, size) if isinstance(size, int) and not isinstance(size, bool) else size
-
-
-_SIDE_SCHEMA = {"type": "integer", "minimum": 8, "maximum": 4096}
-_SIZE_SCHEMA = {"anyOf": [_SIDE_SCHEMA, {"type": "array", "items": _SIDE_SCHEMA, "minItems": 2, "maxItems": 2}]}
-_SIZE_OR_NULL = {"anyOf": [*_SIZE_SCHEMA["anyOf"], {"type": "null"}]}
+_SIZE_OR_NULL = {"anyOf": [*SIZE_SCHEMA["anyOf"], {"type": "null"}]}
 
 
 BUILTIN_INPUT: Mapping[str, Any] = {
@@ -222,7 +214,7 @@ class InputSection(BaseModel):
     model_config = STRICT
 
     size: Annotated[
-        tuple[Side, Side] | None, Field(strict=False), BeforeValidator(_both_sides), WithJsonSchema(_SIZE_OR_NULL)
+        tuple[Side, Side] | None, Field(strict=False), BeforeValidator(both_sides), WithJsonSchema(_SIZE_OR_NULL)
     ] = Field(
         default=None,
         description="Side of the square input in pixels, or [height, width]; null = timm's or torchvision's for the "

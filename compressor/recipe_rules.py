@@ -9,7 +9,8 @@ from typing import Any, TypeGuard
 
 from compressor.strict_yaml import KeyPath
 
-STRUCTURAL = frozenset({"prune", "reduce_channels", "replace_kernels", "drop_blocks"})
+TRAININGS = ("sparsify", "recovery")  # keys of stages that hold the options of a training
+STRUCTURAL = frozenset({"prune", "reduce_channels", "replace_kernels", "drop_blocks", "reduce_resolution"})
 DEFAULT_SIZE = (299, 299)  # of the built-in network; what others want is known when they are built
 # Xception's two unpadded convolutions and four strides leave nothing of a smaller image.
 SMALLEST_INPUT = 33
@@ -39,8 +40,9 @@ def _trainings(stages: list[Mapping[str, Any]]) -> Iterator[tuple[int, KeyPath, 
     for index, stage in enumerate(stages):
         if stage.get("type") == "finetune":
             yield index, ("stages", index), stage
-        elif isinstance(stage.get("recovery"), dict):
-            yield index, ("stages", index, "recovery"), stage["recovery"]
+        for key in TRAININGS:
+            if isinstance(stage.get(key), dict):
+                yield index, ("stages", index, key), stage[key]
 
 
 def _order(stages: list[Mapping[str, Any]]) -> Iterator[tuple[KeyPath, str]]:
@@ -93,6 +95,13 @@ def _head_may_be_trained(root: Mapping[str, Any]) -> bool:
 def _measurable(root: Mapping[str, Any], stages: list[Mapping[str, Any]]) -> Iterator[tuple[KeyPath, str]]:
     """A budget that no result can meet is refused now, not after the training."""
     benchmark = _mapping(root.get("benchmark"))
+    for index, stage in enumerate(stages):
+        target = _mapping(stage.get("target"))
+        if target.get("train_peak_memory_bytes") is not None and not any(
+            later.get("type") == "finetune" for later in stages[index + 1 :]
+        ):
+            text = "found a target of retraining, but no finetune follows this stage that says how; let one follow"
+            yield ("stages", index, "target", "train_peak_memory_bytes"), text
     trains = [stage.get("type") == "finetune" for stage in stages]
     for name, bound in _mapping(root.get("budget")).items():
         if bound is None or not isinstance(name, str):
@@ -126,18 +135,48 @@ def _geometry(root: Mapping[str, Any], stages: list[Mapping[str, Any]]) -> Itera
     builtin = _mapping(root.get("model")).get("source", "builtin") == "builtin"
     size = _mapping(root.get("input")).get("size")
     size = DEFAULT_SIZE if size is None and builtin else size
+    now = _sides(size)
+    if now is not None and builtin:
+        yield from _large_enough(("input", "size"), now)
+    trainings = list(_trainings(stages))
+    for index, stage in enumerate(stages):
+        if stage.get("type") == "reduce_resolution" and (sides := _sides(stage.get("size"))) is not None:
+            if now is not None and (fault := not_smaller(sides, now)):
+                yield ("stages", index, "size"), fault
+            if builtin:
+                yield from _large_enough(("stages", index, "size"), sides)
+            now = sides
+        for at, path, options in trainings:
+            if at == index and now is not None:
+                teacher = _sides(size) if options.get("distill") is not None else None
+                yield from _fitting((*path, "augment"), _mapping(options.get("augment")), now, teacher)
+
+
+def _fitting(
+    path: KeyPath, augment: Mapping[str, Any], now: tuple[int, int], teacher: tuple[int, int] | None
+) -> Iterator[tuple[KeyPath, str]]:
+    """Whether images of the input's size, and of a teacher's, which keeps its own, can be changed like that."""
+    shift, shorter = augment.get("shift"), min(now)
+    if _is_integer(shift) and shift >= shorter:
+        yield (*path, "shift"), f"found {shift}, allowed less than the input's shorter side of {shorter}"
+    oblong = next((sides for sides in (now, teacher) if sides is not None and sides[0] != sides[1]), None)
+    if augment.get("rotate90") is True and oblong:
+        yield (*path, "rotate90"), f"found true, needs a square input.size, not {list(oblong)}"
+
+
+def _sides(size: object) -> tuple[int, int] | None:
+    """Height and width, where a size says both."""
     height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
-    if not _is_integer(height) or not _is_integer(width):
-        return
-    shorter: int = min(height, width)
-    if builtin and 8 <= shorter < SMALLEST_INPUT:
-        text = f"found {shorter}, allowed an integer >= {SMALLEST_INPUT} for the built-in network"
-        yield ("input", "size"), text
-    for _, path, options in _trainings(stages):
-        augment = _mapping(options.get("augment"))
-        shift = augment.get("shift")
-        if _is_integer(shift) and shift >= shorter:
-            text = f"found {shift}, allowed less than the input's shorter side of {shorter}"
-            yield (*path, "augment", "shift"), text
-        if augment.get("rotate90") is True and height != width:
-            yield (*path, "augment", "rotate90"), f"found true, needs a square input.size, not [{height}, {width}]"
+    return (height, width) if _is_integer(height) and _is_integer(width) else None
+
+
+def _large_enough(path: KeyPath, sides: tuple[int, int]) -> Iterator[tuple[KeyPath, str]]:
+    if 8 <= min(sides) < SMALLEST_INPUT:
+        yield path, f"found {min(sides)}, allowed an integer >= {SMALLEST_INPUT} for the built-in network"
+
+
+def not_smaller(sides: tuple[int, int], before: tuple[int, int]) -> str | None:
+    """What is wrong where a reduced input is as large as the one before, or a side of it longer; None: nothing."""
+    if sides != before and all(new <= old for new, old in zip(sides, before, strict=True)):
+        return None
+    return f"found {list(sides)}, allowed less than the {list(before)} before"

@@ -3,37 +3,27 @@
 Invariant: data only; no stage knows how it is carried out, and nothing here imports torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from compressor.recipe_bounds import STRICT, ReductionBound
+from compressor.recipe_rules import TRAININGS
+from compressor.recipe_training import Globs, Ratio, Sparsify, Training, refuse
 
-# Lists become tuples so that a recipe is immutable; `strict=False` only lets a list in, the items stay strict.
-Globs = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
-Ratio = Annotated[float, Field(gt=0, lt=1)]
 Width = Annotated[float, Field(gt=0, le=1)]
+Side = Annotated[int, Field(ge=8, le=4096)]
+SIDE_SCHEMA = {"type": "integer", "minimum": 8, "maximum": 4096}
+SIZE_SCHEMA = {"anyOf": [SIDE_SCHEMA, {"type": "array", "items": SIDE_SCHEMA, "minItems": 2, "maxItems": 2}]}
+
+
+def both_sides(size: object) -> object:
+    """A side alone means a square."""
+    return (size, size) if isinstance(size, int) and not isinstance(size, bool) else size
+
+
 Init = Literal["inherit", "random"]
-
-
-def refuse(model: BaseModel, *faults: tuple[str, str]) -> None:
-    """Raise faults found after validation, each at its own key (`""` = the mapping itself).
-
-    Raises:
-        ValidationError: There is at least one fault.
-    """
-    if faults:
-        details = [
-            InitErrorDetails(
-                type=PydanticCustomError("rule", "{text}", {"text": text}),
-                loc=(key,) if key else (),
-                input=getattr(model, key, None) if key else None,
-            )
-            for key, text in faults
-        ]
-        raise ValidationError.from_exception_data(type(model).__name__, details)
 
 
 def _ignored_scope() -> Any:
@@ -62,99 +52,6 @@ def _recovery(when: str) -> Any:
     return Field(default=None, description=text)
 
 
-class Augment(BaseModel):
-    """Random changes to training images, drawn per image."""
-
-    model_config = STRICT
-
-    flip: bool = Field(default=True, description="Mirror left-right half of the time; off where left and right differ.")
-    vertical_flip: bool = Field(default=False, description="Mirror top-bottom half of the time.")
-    rotate90: bool = Field(default=False, description="Rotate by 0, 90, 180 or 270 degrees; needs a square input.size.")
-    shift: int = Field(
-        default=0, ge=0, le=512, description="Shift by up to this many pixels, borders filled by reflection."
-    )
-    crop: float = Field(
-        default=1.0,
-        ge=0.1,
-        le=1,
-        description="Cut out a random rectangle, each side at least this share of the image's, and stretch it back to "
-        "the input size; 1 = off.",
-    )
-
-
-class Distill(BaseModel):
-    """Distillation from the baseline, arXiv 1503.02531."""
-
-    model_config = STRICT
-
-    temperature: float = Field(default=2.0, gt=0, le=100, description="Softens both distributions; higher = softer.")
-    weight: float = Field(
-        default=0.5, gt=0, le=1, description="Share of the distillation loss; the labels' loss has the rest."
-    )
-
-
-class Training(BaseModel):
-    """The options of one training loop, for `finetune` and for the `recovery` inside other stages."""
-
-    model_config = STRICT
-
-    epochs: int | None = Field(
-        default=None, ge=1, le=10_000, description="Passes over the training set; give this or `steps`."
-    )
-    steps: int | None = Field(
-        default=None, ge=1, le=10_000_000, description="Optimiser steps, for less than an epoch; give this or `epochs`."
-    )
-    batch_size: int = Field(default=32, ge=1, le=65_536, description="Images per optimiser step.")
-    learning_rate: float = Field(
-        default=5e-4, gt=0, le=10, description="Peak learning rate; the default suits adamw, sgd must name its own."
-    )
-    optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="AdamW, or SGD with momentum.")
-    schedule: Literal["one_cycle", "cosine"] = Field(
-        default="one_cycle", description="How the learning rate moves: up and down in one cycle, or a cosine decay."
-    )
-    warmup: float = Field(default=0.25, ge=0, le=0.9, description="Fraction of the steps in which the rate rises.")
-    weight_decay: float = Field(default=0.02, ge=0, lt=1, description="Pull of the weights towards zero.")
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="Probability spread evenly over all classes.")
-    clip_norm: float | None = Field(default=5.0, gt=0, description="Largest norm of the gradient; null = not clipped.")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto",
-        description="Arithmetic; auto = bfloat16 autocast where the processor has units for it and a step of it was "
-        "measured to take less time than one of float32.",
-    )
-    ema: Ratio | None = Field(default=None, description="Decay of a moving average of the weights; null = none.")
-    patience: int | None = Field(
-        default=None, ge=1, description="Stop when validation has not improved for this many epochs; null = never."
-    )
-    freeze: Globs = Field(
-        default=(),
-        description="Globs over module names, or roles, that stay as they are, statistics of BatchNorm too; one that "
-        "matches nothing is an error.",
-    )
-    freeze_cache_gb: float = Field(
-        default=4.0,
-        ge=0,
-        le=100_000,
-        description="Disk space, in 10^9 bytes, for what frozen first layers give: computed once for an image and each "
-        "flip or turn of it, unless it is shifted or cropped; 0 = computed anew every time.",
-    )
-    augment: Augment = Field(default=Augment(), description="Random changes to training images.")
-    distill: Distill | None = Field(
-        default=None, description="Learn from the baseline's outputs too; null = from the labels alone."
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        faults = []
-        if self.epochs is None and self.steps is None:
-            faults.append(("epochs", "found nothing, needs `epochs` or `steps`"))
-        if self.epochs is not None and self.steps is not None:
-            faults.append(("steps", f"found {self.steps} beside epochs {self.epochs}, needs only one of them"))
-        if self.optimizer == "sgd" and "learning_rate" not in self.model_fields_set:
-            faults.append(("learning_rate", "found nothing beside optimizer sgd, needs a number; 0.02 is usual"))
-        refuse(self, *faults)
-        return self
-
-
 class Finetune(Training):
     """Train: the baseline when it leads the recipe, recovery after a change, QAT after `quantize`."""
 
@@ -175,24 +72,27 @@ class Target(BaseModel):
     )
     latency_ms: ReductionBound | None = Field(
         default=None,
-        description="Median latency of one request: ms, or a fraction of the baseline's such as 0.5x. The pruned "
-        "network's float IR is timed at OpenVINO's default precision on this machine, also where the recipe quantizes "
-        "later; the budget judges the result.",
+        description="Median latency of one request: ms, or a fraction of the baseline's such as 0.5x. What is "
+        "timed is the IR that would be deployed, on this machine at OpenVINO's default precision: INT8 where a later "
+        "stage quantizes; the budget judges the result.",
+    )
+    size_bytes: ReductionBound | None = Field(
+        default=None,
+        description="Size of the IR (.xml and .bin) that would be deployed, INT8 where a later stage quantizes: bytes, "
+        "or a fraction of the baseline's FP32 IR such as 0.25x. Files are written and measured until one fits.",
+    )
+    train_peak_memory_bytes: ReductionBound | None = Field(
+        default=None,
+        description="Peak resident memory of retraining the network, as a device would: bytes, or a fraction of what "
+        "retraining the baseline takes such as 0.7x. Measured in a process of its own, a few steps by the next "
+        "finetune's options without a teacher; what an interpreter with torch takes is part of it.",
     )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.macs is None and self.params is None and self.latency_ms is None:
-            refuse(self, ("", "found no target, needs `macs`, `params`, `latency_ms` or several"))
+        if all(bound is None for _, bound in self):
+            refuse(self, ("", f"found no target, needs one or several of {', '.join(type(self).model_fields)}"))
         return self
-
-
-class MacsTarget(BaseModel):
-    """How many multiply-accumulates may remain."""
-
-    model_config = STRICT
-
-    macs: ReductionBound = Field(description=_MACS)
 
 
 class Prune(BaseModel):
@@ -201,13 +101,17 @@ class Prune(BaseModel):
     model_config = STRICT
 
     type: Literal["prune"] = Field(default="prune", description="Remove channels by importance.")
-    importance: Literal["magnitude", "taylor"] = Field(
+    importance: Literal["magnitude", "bn_scale", "fpgm", "lamp", "taylor", "hessian", "activation", "random"] = Field(
         default="magnitude",
-        description="Score of a channel: weight norm, or estimated change of the loss (arXiv 1906.10771).",
+        description="Score of a channel. Of the weights: their norm; magnitude of BatchNorm scales (arXiv 1708.06519); "
+        "fpgm, distance to the other channels (1811.00250); lamp, share among those at least as large (2010.07611). Of "
+        "training images: taylor, first-order change of the loss (1906.10771); hessian, second-order, a backward pass "
+        "an image (1801.05787); activation, size of what is read (1611.06440). random = a control.",
     )
-    ranking: Literal["local", "global"] = Field(
+    ranking: Literal["local", "global", "latency"] = Field(
         default="local",
-        description="Rank channels within each group, or over the whole network: groups shrink unevenly.",
+        description="Rank channels within each group, or over the whole network: groups shrink unevenly; latency = by "
+        "the importance lost per millisecond saved, which is measured on copies of the network.",
     )
     pruning_ratio: Ratio | None = Field(
         default=None, description="Fraction of channels removed; give this or `target`."
@@ -219,9 +123,17 @@ class Prune(BaseModel):
     iterations: int = Field(
         default=1, ge=1, le=100, description="Equal steps in which channels go, each scored afresh."
     )
+    sparsify: Sparsify | None = Field(
+        default=None,
+        description="Training before the first channel goes that draws the BatchNorm scales of channels, coupled ones "
+        "together, towards zero: the options of finetune without `type`, and `strength`; null = none.",
+    )
     recovery: Training | None = _recovery("between iterations")
     importance_batches: int = Field(
-        default=16, ge=1, le=10_000, description="Training batches of 32 that taylor importance averages over."
+        default=16,
+        ge=1,
+        le=10_000,
+        description="Training batches of 32 that taylor, hessian and activation average over.",
     )
     bn_batches: int = _bn_batches()
 
@@ -295,7 +207,7 @@ class DropBlocks(BaseModel):
         default="drop_blocks", description="Drop residual blocks, least harmful first."
     )
     count: int | None = Field(default=None, ge=1, le=1000, description="Blocks to drop; give this or `target`.")
-    target: MacsTarget | None = Field(default=None, description="Drop until this is met; give this or `count`.")
+    target: Target | None = Field(default=None, description="Drop until this is met; give this or `count`.")
     scope: Globs = Field(
         default=("*",), min_length=1, description="Globs over module names, or roles, that may be dropped."
     )
@@ -321,13 +233,36 @@ class DropBlocks(BaseModel):
         return self
 
 
+class ReduceResolution(BaseModel):
+    """Feed the network smaller images (resolution multiplier, arXiv 1704.04861)."""
+
+    model_config = STRICT
+
+    type: Literal["reduce_resolution"] = Field(
+        default="reduce_resolution",
+        description="Feed smaller images: cost falls with their area, and the deployed preprocessing scales to the new "
+        "size. The baseline, and so the teacher, keeps the size it was trained at.",
+    )
+    size: Annotated[
+        tuple[Side, Side], Field(strict=False), BeforeValidator(both_sides), WithJsonSchema(SIZE_SCHEMA)
+    ] = Field(description="Side of the network's input in pixels from here on, or [height, width]; no side grows.")
+    bn_batches: int = _bn_batches()
+
+
 class Quantize(BaseModel):
     """Quantize to INT8 with NNCF; alone it is PTQ, followed by `finetune` it is QAT."""
 
     model_config = STRICT
 
     type: Literal["quantize"] = Field(default="quantize", description="Quantize weights and activations.")
-    precision: Literal["int8"] = Field(default="int8", description="Number format of weights and activations.")
+    precision: Literal["int8", "auto"] = Field(
+        default="int8",
+        description="int8 = all layers but those of ignored_scope; auto = block by block, as measured on this machine: "
+        "float, at OpenVINO's default precision, where INT8 gains no time, or where it raises the validation loss (by "
+        "more than 0.01 in all) and float takes no more time than was won elsewhere; sensitivity of blocks and layers "
+        "as in arXiv 2004.09602. The result is as fast as the faster of all INT8 and all float; a prune stage before "
+        "this one times copies all in INT8.",
+    )
     preset: Literal["mixed", "performance"] = Field(
         default="mixed",
         description="Activations asymmetric (mixed, more accurate) or symmetric (performance).",
@@ -335,11 +270,36 @@ class Quantize(BaseModel):
     subset_size: int = Field(
         default=300, ge=1, le=1_000_000, description="Class-balanced training images that set the ranges."
     )
-    ignored_scope: Globs = _ignored_scope()
+    metric_images: int = Field(
+        default=256,
+        ge=1,
+        le=1_000_000,
+        description="Validation images that precision auto judges by, at most: two passes over them for each block.",
+    )
+    range_estimator: Literal[
+        "mean_minmax", "minmax", "median_minmax", "mean_no_outliers_minmax", "mean_quantile", "histogram"
+    ] = Field(
+        default="mean_minmax",
+        description="Range of an activation, from the images' own: mean_minmax and median_minmax, mean or median of "
+        "their extremes; minmax, the outermost; mean_no_outliers_minmax, the mean of all but the outermost; "
+        "mean_quantile, without 1 in 10,000 values at each end; histogram, the range of least error. Weights, and with "
+        "mean_minmax channels that have a range each, take their extremes.",
+    )
+    bias_correction: bool = Field(
+        default=True,
+        description="Move biases so that the mean of each channel is as in float on the training images (arXiv "
+        "1906.04721); layers without a bias are left alone.",
+    )
+    ignored_scope: Globs = Field(
+        default=(),
+        description="Globs over module names to leave in float, or roles as in prune; one that matches nothing is an "
+        "error. At 8 bits the first and the last layer are quantized like the others, as the field does; [role:stem, "
+        "role:head] leaves them out.",
+    )
     residual: Literal["int8", "float"] = Field(
-        default="int8",
-        description="Terms of additions: int8 = rounded as well; float = left alone, and only inputs of layers are "
-        "rounded: less noise.",
+        default="float",
+        description="Terms of additions: float = left alone, and only inputs of layers are rounded; int8 = rounded as "
+        "well, which OpenVINO does not do where it computes an addition with the convolution before it.",
     )
     equalize: bool = Field(
         default=True,
@@ -355,5 +315,21 @@ class Quantize(BaseModel):
         description="Halve the weights' range against 8-bit overflow; auto = where the processor lacks VNNI.",
     )
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.range_estimator == "histogram" and self.per_channel_activations:
+            text = "found 'histogram' beside per_channel_activations, which have no histograms; mean_quantile is near"
+            refuse(self, ("range_estimator", text))
+        return self
 
-Stage: TypeAlias = Finetune | Prune | ReduceChannels | ReplaceKernels | DropBlocks | Quantize
+
+Stage: TypeAlias = Finetune | Prune | ReduceChannels | ReplaceKernels | DropBlocks | ReduceResolution | Quantize
+
+
+def trainings_of(stage: Stage) -> Iterator[tuple[str, Training]]:
+    """Every training of a stage, with its key in the stage; `""` = the stage itself."""
+    if isinstance(stage, Finetune):
+        yield "", stage
+    for key in TRAININGS:
+        if isinstance(options := getattr(stage, key, None), Training):
+            yield key, options

@@ -67,6 +67,11 @@ class Report:
     environment: dict[str, Any]
     timing: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    recommended: str | None = None  # the artifact to deploy; None where nothing was published
+    layers: tuple[dict[str, Any], ...] = ()  # see `layer_report.compare_layers`
+    layer_totals: dict[str, Any] = field(
+        default_factory=dict
+    )  # of `baseline` and `result`: `layer_report.Costs.totals`
     version: int = REPORT_VERSION
 
     @property
@@ -99,7 +104,9 @@ def read_report(path: Path) -> Report:
         values["baseline"] = Footprint.from_json(values["baseline"])
         values["result"] = Footprint.from_json(values["result"])
         values["artifacts"] = tuple(Artifact(**a) for a in values["artifacts"])
-        values["stages"], values["notes"] = tuple(values["stages"]), tuple(values.get("notes", ()))
+        values["stages"] = tuple(values["stages"])
+        for name in ("notes", "layers"):  # older reports have no layers
+            values[name] = tuple(values.get(name, ()))
         return Report(**values)
     except FileNotFoundError:
         raise DataError(f"{path}: no report; give the folder of a finished run") from None

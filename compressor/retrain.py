@@ -3,6 +3,7 @@
 Invariant: prints one JSON line and leaves nothing written; the teacher is left out, since a device has none.
 """
 
+import dataclasses
 import json
 import logging
 import sys
@@ -30,21 +31,24 @@ def retrain(
     from compressor.backbone import fresh_architecture, input_spec
     from compressor.checkpoint import load_network
     from compressor.context import freezing_as_told, loop_options
-    from compressor.data import load_dataset
+    from compressor.data import class_labels
     from compressor.models.custom import load_factory
     from compressor.recipe import Training
     from compressor.recipe_loader import load_recipe
+    from compressor.resolution import load_data
     from compressor.training import finetune
 
     floor = resident_bytes()
     recipe = load_recipe(run / "recipe.yaml").recipe
     stage = recipe.stages[index]
     assert isinstance(stage, Training)
-    spec = input_spec(recipe)
+    full = input_spec(recipe)
     torch.manual_seed(recipe.seed)
-    data = load_dataset(spec=spec, cache=cache_dir() / "data", seed=recipe.seed, **recipe.data.model_dump())
+    labels = class_labels(recipe.data.source, recipe.data.path)
     own = load_factory(factory) if factory else None
-    network = load_network(stage_folder, fresh_architecture(own, len(data.labels), (spec.height, spec.width)))
+    network = load_network(stage_folder, fresh_architecture(own, len(labels), (full.height, full.width)))
+    spec = dataclasses.replace(full, height=network.input[1], width=network.input[2])
+    data = load_data(recipe, spec)
     options = loop_options(stage, precision) | {"epochs": None, "steps": steps, "patience": None}
     with (
         measure_memory() as memory,

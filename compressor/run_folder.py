@@ -18,6 +18,7 @@ from typing import Any
 
 from compressor import environment
 from compressor.artifacts import MANIFEST, atomic_write, sha256_of, write_json, write_manifest
+from compressor.checkpoint import Network, save_network
 from compressor.errors import RecipeError, ResourceError
 from compressor.recipe import Recipe
 from compressor.recipe_loader import load_recipe, recipe_hash, resolved_yaml
@@ -97,7 +98,7 @@ def _settle(partial: Path, recipe: Recipe, *, resume: bool, force: bool) -> None
         for path in partial.glob(".*"):  # what a killed process was writing
             _remove(path)
     else:
-        if not force and any((partial / "stages").glob("[0-9]*")):
+        if not force and any((partial / "stages").glob("[!.]*")):
             raise RecipeError(f"{partial}: an unfinished run is there; --resume continues it, --force starts again")
         for path in sorted(partial.iterdir(), key=lambda path: path == stored):  # the recipe last: it marks the folder
             _remove(path)
@@ -127,6 +128,22 @@ def log_file(path: Path) -> Iterator[None]:
         root.setLevel(level)
         root.removeHandler(handler)
         handler.close()
+
+
+def keep_stage(
+    folder: Path, network: Network, plans: Sequence[dict[str, Any]], record: dict[str, Any]
+) -> dict[str, Any]:
+    """Write a stage's folder, which appears by one rename; returns its record with the digests of its files."""
+    unfinished = folder.with_name("." + folder.name)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    save_network(unfinished, network)
+    if plans:
+        write_json(unfinished / "plan.json", {"plans": list(plans)})
+    record = {**record, "files": {path.name: sha256_of(path) for path in sorted(unfinished.iterdir())}}
+    write_json(unfinished / "footprint.json", record)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+    return record
 
 
 def stage_is_ready(folder: Path, key: str) -> bool:

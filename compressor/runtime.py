@@ -13,6 +13,7 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from compressor.errors import DataError
+from compressor.openvino_core import core
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def open_ir(xml: Path) -> ov.Model:
         if not path.is_file():
             raise DataError(f"{path}: no such file; an OpenVINO IR is an .xml with its .bin beside it")
     try:
-        model = ov.Core().read_model(xml)
+        model = core().read_model(xml)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise DataError(f"{xml}: OpenVINO cannot read it ({reason})") from error
@@ -45,7 +46,7 @@ def open_ir(xml: Path) -> ov.Model:
 
 def compile_ir(xml: Path, hint: str, config: Mapping[str, str] = DEFAULT) -> ov.CompiledModel:
     """Compile an IR for the CPU with performance hint `LATENCY` or `THROUGHPUT` and further properties."""
-    return ov.compile_model(open_ir(xml), "CPU", {"PERFORMANCE_HINT": hint, **config})
+    return core().compile_model(open_ir(xml), "CPU", {"PERFORMANCE_HINT": hint, **config})
 
 
 def read_labels(xml: Path) -> tuple[str, ...]:

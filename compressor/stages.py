@@ -4,7 +4,6 @@ Invariant: `run_stage` returns a network whose outputs have the same shape and d
 """
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, assert_never
 
@@ -12,23 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from compressor import recipe as spec
+from compressor.bias_grid import snap_biases
+from compressor.channel_stages import prune_stage, reduce_channels_stage
 from compressor.checkpoint import Network
-from compressor.context import Assignment, Context, Work, located, train
-from compressor.data import calibration_indices
-from compressor.data.batches import to_input
+from compressor.context import Assignment, Context, Work, reestimate, train
 from compressor.errors import TrainingError, UnsupportedModelError
-from compressor.folding import equalize_depthwise, fold_batchnorm
 from compressor.inference import evaluate
 from compressor.memory import measure_memory
 from compressor.models.counting import count
 from compressor.outputs import named_tensors
-from compressor.pruning.groups import resolve_scope
-from compressor.pruning.roles import named_layers
-from compressor.quantization import quantize, resolve_overflow_fix
+from compressor.quantization import resolve_overflow_fix
+from compressor.quantize_stage import calibration, quantize_as_told, quantize_where_it_pays
 from compressor.report import Footprint
-from compressor.structure import drop_blocks_stage, prune_stage, reduce_channels_stage, replace_kernels_stage
-
-EQUALIZE_IMAGES = 64  # ranges of channels need fewer images than the quantizers' own
+from compressor.structure import drop_blocks_stage, replace_kernels_stage
 
 
 @dataclass(frozen=True)
@@ -63,6 +58,8 @@ def run_stage(
     match stage:
         case spec.Finetune():
             _finetune(module, stage, context, assignment, work)
+            if network.quantizer is not None:
+                snap_biases(module, context.example)  # training has moved them, and the ranges
         case spec.Prune():
             prune_stage(module, stage, context, assignment, work)
         case spec.ReduceChannels():
@@ -71,6 +68,8 @@ def run_stage(
             replace_kernels_stage(module, stage, context, assignment, work)
         case spec.DropBlocks():
             drop_blocks_stage(module, stage, context, assignment, work)
+        case spec.ReduceResolution():
+            _reduce_resolution(module, stage, context, assignment, work)
         case spec.Quantize():
             module = _quantize(module, stage, context, assignment, work)
         case _:
@@ -86,7 +85,11 @@ def run_stage(
             f"{assignment.where}: {len(bad)} tensors are not finite any more, first {bad[0]}; lower the learning rate"
         )
     kept = dataclasses.replace(
-        network, module=module, edits=(*network.edits, *work.edits), quantizer=work.quantizer or network.quantizer
+        network,
+        module=module,
+        edits=(*network.edits, *work.edits),
+        quantizer=work.quantizer or network.quantizer,
+        input=(3, context.data.spec.height, context.data.spec.width),
     )
     return Outcome(
         kept, _footprint(kept, context, work), work.details, tuple(dict.fromkeys(work.notes)), tuple(work.plans)
@@ -135,31 +138,33 @@ def _finetune(module: nn.Module, stage: spec.Finetune, context: Context, assignm
     work.notes += result.frozen["notes"] if result.frozen else []
 
 
+def _reduce_resolution(
+    module: nn.Module, stage: spec.ReduceResolution, context: Context, assignment: Assignment, work: Work
+) -> None:
+    """The images are smaller already; what is left to do is to let BatchNorms see them."""
+    full = context.baseline_data.spec
+    work.details = {"baseline_size": [full.height, full.width], "size": list(stage.size)}
+    reestimate(module, stage.bn_batches, context, assignment.seed)
+
+
 def _quantize(
     module: nn.Module, stage: spec.Quantize, context: Context, assignment: Assignment, work: Work
 ) -> nn.Module:
-    resolve_scope(module, stage.ignored_scope, where=f"{assignment.where}.ignored_scope", example=context.example)
-    ignored = named_layers(module, stage.ignored_scope, context.example)
-    pairs = fold_batchnorm(module, context.example)
-    work.edits.append({"type": "fold_bn", "pairs": [list(pair) for pair in pairs]})
-    train = context.data.train
-    chosen = calibration_indices(train, stage.subset_size, assignment.seed)
-    calibration: Sequence[Tensor] = [to_input(train.images[i : i + 1], context.data.spec, "cpu") for i in chosen]
-    equalized = equalize_depthwise(module, calibration[:EQUALIZE_IMAGES]) if stage.equalize else []
-    with located(assignment.where):
-        quantized, work.quantizer = quantize(
-            module,
-            calibration,
-            preset=stage.preset,
-            ignored_scope=ignored,
-            residual=stage.residual,
-            per_channel_activations=stage.per_channel_activations,
-            overflow_fix=stage.overflow_fix,
-        )
+    batches = calibration(stage, context, assignment.seed)
     work.details = {
-        "folded": len(pairs),
-        "equalized": len(equalized),
-        "calibration_images": len(chosen),
+        "calibration_images": len(batches),
         "overflow_fix": resolve_overflow_fix(stage.overflow_fix),
     }
-    return quantized
+    if stage.precision == "auto":
+        result, work.details["auto"], notes = quantize_where_it_pays(
+            module, stage, batches, context, where=assignment.where, seed=assignment.seed
+        )
+        work.notes += notes
+    else:
+        result = quantize_as_told(module, stage, batches, context, where=assignment.where)
+    if result is None:
+        return module
+    work.edits.append({"type": "fold_bn", "pairs": result.folded})
+    work.quantizer = result.config
+    work.details |= {"folded": len(result.folded), "equalized": result.equalized}
+    return result.module

@@ -1,57 +1,30 @@
-"""Stages that change a network's structure: fewer channels, smaller kernels, fewer blocks.
+"""Stages that change a network's layers: smaller kernels, fewer blocks.
 
 Invariant: what is done to the network is also appended to `work.edits`, so that replaying the edits rebuilds it.
 """
 
+import copy
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from compressor import recipe as spec
-from compressor.context import Assignment, Context, Work, located, recovery, resolve_freeze
+from compressor.context import Assignment, Context, Work, located, recovery, reestimate, resolve_freeze
 from compressor.data import calibration_indices
-from compressor.data.batches import to_input
 from compressor.errors import RecipeError
-from compressor.inference import choose_precision, evaluate, predict, reestimate_batchnorm
-from compressor.latency_target import macs_for_latency
-from compressor.models.counting import count
-from compressor.pruning.apply import apply_plan
+from compressor.inference import choose_precision, evaluate, predict
 from compressor.pruning.blocks import find_blocks
-from compressor.pruning.coupling import ChannelGroup
-from compressor.pruning.depth import drop_greedily
-from compressor.pruning.groups import find_groups, resolve_scope
-from compressor.pruning.importance import score_groups
+from compressor.pruning.depth import Drop, drop_greedily
+from compressor.pruning.groups import resolve_scope
 from compressor.pruning.kernels import find_kernels, replace_kernels
-from compressor.pruning.plan import PrunePlan, decide_plan, width_plan
+from compressor.recipe_stages import trainings_of
 from compressor.report import Footprint
+from compressor.stage_targets import Bench, Draft, binding, first_misses
 
 DISTILL_T = 2.0  # temperature at which removing a block is judged
-
-
-def _reestimate(module: nn.Module, passes: int, context: Context, seed: int) -> None:
-    reestimate_batchnorm(module, context.data.train, context.data.spec, passes=passes, seed=seed, device=context.device)
-
-
-def _apply_plan(module: nn.Module, plan: PrunePlan, context: Context, work: Work) -> None:
-    apply_plan(module, plan, context.example)
-    work.edits.append({"type": "prune", "plan": plan.to_dict()})
-    work.plans.append(plan.to_dict())
-    work.notes += [f"group {name} was left as it was: {reason}" for name, reason in plan.skipped.items()]
-
-
-def _loss_batches(context: Context, count_batches: int, size: int, seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Class-balanced training batches for gradient-based importance."""
-    train = context.data.train
-    chosen = np.random.default_rng(seed).permutation(calibration_indices(train, count_batches * size, seed))
-    parts = [np.sort(chosen[i : i + size]) for i in range(0, len(chosen), size)]
-    return [
-        (to_input(train.images[p], context.data.spec, "cpu"), torch.from_numpy(np.asarray(train.labels[p])))
-        for p in parts
-    ]
 
 
 def check_scopes(module: nn.Module, stages: Iterable[spec.Stage], example: Tensor) -> None:
@@ -63,186 +36,9 @@ def check_scopes(module: nn.Module, stages: Iterable[spec.Stage], example: Tenso
     for index, stage in enumerate(stages):
         for key in ("scope", "ignored_scope"):
             resolve_scope(module, getattr(stage, key, ()), where=f"stages[{index}].{key}", example=example)
-        for key, options in (("", stage), (".recovery", getattr(stage, "recovery", None))):
-            if isinstance(options, spec.Training):
-                resolve_freeze(module, options.freeze, where=f"stages[{index}]{key}.freeze", example=example)
-
-
-def choose_channels(
-    module: nn.Module,
-    example: Tensor,
-    stage: spec.Prune,
-    *,
-    where: str,
-    seed: int,
-    batches: list[tuple[Tensor, Tensor]] | None = None,
-    ratio: float | None = None,
-    macs: int | None = None,
-    params: int | None = None,
-    full: dict[str, int] | None = None,
-) -> PrunePlan:
-    """Decide what a prune stage removes; without `batches`, by magnitude instead of a gradient-based importance."""
-    groups = _groups(module, example, stage, where)
-    kind = stage.importance if batches is not None else "magnitude"
-    scores = score_groups(module, groups, kind=kind, loss_batches=batches, seed=seed)
-    with located(where):
-        return decide_plan(
-            module,
-            example,
-            groups=groups,
-            scores=scores,
-            ranking=stage.ranking,
-            pruning_ratio=ratio,
-            target_macs=macs,
-            target_params=params,
-            round_to=stage.round_to,
-            min_channels=stage.min_channels,
-            full=full,
-        )
-
-
-def _groups(
-    module: nn.Module, example: Tensor, stage: spec.Prune | spec.ReduceChannels, where: str
-) -> list[ChannelGroup]:
-    return find_groups(
-        module,
-        example,
-        ignored=resolve_scope(module, stage.ignored_scope, where=f"{where}.ignored_scope", example=example),
-    )
-
-
-def prune_stage(module: nn.Module, stage: spec.Prune, context: Context, assignment: Assignment, work: Work) -> None:
-    """Remove channels in `iterations` equal steps, each scored afresh, with recovery between them."""
-    example, where = context.example, assignment.where
-    start = count(module, example)
-    macs, params = prune_goals(stage, assignment.baseline)
-    if measures_latency(stage):
-        macs = _macs_for_latency(module, stage, context, assignment, work, macs, params)
-    if stage.iterations > 1 and stage.target:  # whether the end can be reached is known before the first step
-        choose_channels(module, example, stage, where=where, seed=assignment.seed, macs=macs, params=params)
-    full = None  # what a ratio refers to is what is here now, at every step
-    if stage.iterations > 1 and stage.pruning_ratio is not None:
-        full = {group.name: group.channels for group in _groups(module, example, stage, where)}
-    recover = recovery(stage.recovery, context, assignment, work)
-    steps = []
-    for i in range(stage.iterations):
-        share = (i + 1) / stage.iterations
-        plan = choose_channels(
-            module,
-            example,
-            stage,
-            where=where,
-            seed=assignment.seed + i,
-            batches=_loss_batches(context, stage.importance_batches, 32, assignment.seed + i)
-            if stage.importance == "taylor"
-            else None,
-            ratio=None if stage.pruning_ratio is None else 1 - (1 - stage.pruning_ratio) ** share,
-            macs=None if macs is None else _between(start.macs, macs, share),
-            params=None if params is None else _between(start.params, params, share),
-            full=full,
-        )
-        _apply_plan(module, plan, context, work)
-        _reestimate(module, stage.bn_batches, context, assignment.seed)
-        now = count(module, example)
-        steps.append({"macs": now.macs, "params": now.params})
-        if i + 1 < stage.iterations:
-            recover(module, i)
-    work.details["iterations"] = steps
-
-
-def measures_latency(stage: spec.Prune) -> bool:
-    """Whether a prune stage has a target that only timing can translate into MACs."""
-    return stage.target is not None and stage.target.latency_ms is not None
-
-
-def _macs_for_latency(
-    module: nn.Module,
-    stage: spec.Prune,
-    context: Context,
-    assignment: Assignment,
-    work: Work,
-    macs: int | None,
-    params: int | None,
-) -> int:
-    """MACs under which the pruned network meets the stage's latency, by magnitude whatever its importance is."""
-    assert stage.target is not None
-    assert stage.target.latency_ms is not None
-    bound, data, where = stage.target.latency_ms, context.data, f"{assignment.where}.target.latency_ms"
-    if macs is not None or params is not None:  # what is out of reach there is not the latency's fault
-        choose_channels(module, context.example, stage, where=assignment.where, seed=0, macs=macs, params=params)
-    groups = _groups(module, context.example, stage, assignment.where)
-    with located(where):
-        goal, probes = macs_for_latency(
-            module,
-            context.example,
-            baseline=module if assignment.teacher is None else assignment.teacher,
-            goal=bound.resolve,
-            groups=groups,
-            scores=score_groups(module, groups, kind="magnitude", loss_batches=None, seed=assignment.seed),
-            ranking=stage.ranking,
-            round_to=stage.round_to,
-            min_channels=stage.min_channels,
-            macs=macs,
-            params=params,
-            spec=data.spec,
-            labels=data.labels,
-            images=np.asarray(data.train.images[:8]),
-            folder=context.run_dir,
-            threads=context.threads,
-        )
-    found = [dataclasses.asdict(probe) for probe in probes]
-    work.details["latency_target"] = {"asked": bound.plain(), "macs": goal, "probes": found}
-    return goal
-
-
-def prune_goals(stage: spec.Prune, baseline: Footprint) -> tuple[int | None, int | None]:
-    """Absolute MACs and parameters a prune stage aims at; None where it has no such target."""
-    target = stage.target
-    macs = int(target.macs.resolve(baseline.macs)) if target and target.macs else None
-    params = int(target.params.resolve(baseline.params)) if target and target.params else None
-    return macs, params
-
-
-def _between(start: int, goal: float, share: float) -> int:
-    """A point on the geometric path from `start` to `goal`, rounded down so that the last one is met."""
-    return int(start * (min(goal, start) / start) ** share)
-
-
-def choose_widths(
-    module: nn.Module, example: Tensor, stage: spec.ReduceChannels, *, where: str, seed: int
-) -> PrunePlan:
-    """Decide which channels stay at the stage's widths: those of largest magnitude."""
-    groups = _groups(module, example, stage, where)
-    scores = score_groups(module, groups, kind="magnitude", loss_batches=None, seed=seed)
-    with located(where):
-        return width_plan(
-            groups=groups,
-            scores=scores,
-            width=stage.width,
-            overrides=stage.widths,
-            round_to=stage.round_to,
-            min_channels=stage.min_channels,
-        )
-
-
-def reduce_channels_stage(
-    module: nn.Module, stage: spec.ReduceChannels, context: Context, assignment: Assignment, work: Work
-) -> None:
-    """Give every channel group a fraction of its width."""
-    plan = choose_widths(module, context.example, stage, where=assignment.where, seed=assignment.seed)
-    _apply_plan(module, plan, context, work)
-    if stage.init == "random":
-        _reinitialise(module, assignment.seed)
-        work.notes.append("all weights were drawn anew (init: random)")
-    _reestimate(module, stage.bn_batches, context, assignment.seed)
-
-
-def _reinitialise(module: nn.Module, seed: int) -> None:
-    """Fresh weights for every layer that knows how to draw its own; nothing of the pretrained ones stays."""
-    torch.manual_seed(seed)
-    for child in module.modules():
-        if hasattr(child, "reset_parameters"):
-            child.reset_parameters()  # type: ignore[operator]
+        for key, options in trainings_of(stage):
+            where = ".".join(filter(None, (f"stages[{index}]", key, "freeze")))
+            resolve_freeze(module, options.freeze, where=where, example=example)
 
 
 def choose_kernels(module: nn.Module, example: Tensor, stage: spec.ReplaceKernels, *, where: str) -> list[str]:
@@ -266,9 +62,14 @@ def replace_kernels_stage(
     """Turn k x k convolutions into 1x1."""
     names = choose_kernels(module, context.example, stage, where=assignment.where)
     replace_kernels(module, names, init=stage.init, seed=assignment.seed)
-    work.edits.append({"type": "replace_kernels", "modules": names})
+    work.edits.append(kernels_edit(names))
     work.details["modules"] = names
-    _reestimate(module, stage.bn_batches, context, assignment.seed)
+    reestimate(module, stage.bn_batches, context, assignment.seed)
+
+
+def kernels_edit(names: Sequence[str]) -> dict[str, Any]:
+    """The edit that turns these convolutions into 1x1."""
+    return {"type": "replace_kernels", "modules": list(names)}
 
 
 def choose_blocks(module: nn.Module, example: Tensor, stage: spec.DropBlocks, *, where: str) -> list[str]:
@@ -292,46 +93,87 @@ def choose_blocks(module: nn.Module, example: Tensor, stage: spec.DropBlocks, *,
 
 
 def enough_dropped(
-    stage: spec.DropBlocks, blocks: list[str], example: Tensor, baseline: Footprint, *, where: str
+    stage: spec.DropBlocks,
+    blocks: list[str],
+    example: Tensor,
+    baseline: Footprint,
+    *,
+    where: str,
+    bench: Bench | None,
+    targets: dict[str, Any],
 ) -> Callable[[nn.Module, int], bool]:
     """Whether a network from which so many of `blocks` are gone has lost what the stage asks for.
+
+    Without a bench, targets that only measuring tells are passed over. What is found goes into `targets`.
 
     Raises (when called):
         RecipeError: no block may go any more and the target is not reached.
     """
-    goal = stage.target.macs.resolve(baseline.macs) if stage.target else None
 
     def done(network: nn.Module, dropped: int) -> bool:
-        if goal is None:
+        if stage.target is None:
             return dropped == stage.count
-        macs = count(network, example).macs
-        if macs > goal and dropped >= len(blocks) - stage.min_blocks:
+        draft = Draft(copy.deepcopy(network), (blocks_edit(network, blocks),))
+        missed = first_misses(stage, draft, example, baseline, bench, targets)
+        if missed and dropped >= len(blocks) - stage.min_blocks:
             raise RecipeError(
-                f"{where}.target: {dropped} blocks can be dropped, which leaves {macs:,} MACs "
-                f"({macs / (baseline.macs or macs):.3f}x of the baseline); ask for no less than that"
+                f"{where}.target: {dropped} blocks can be dropped, which leaves {' and '.join(missed)}; ask for no "
+                "less than that"
             )
-        return macs <= goal
+        return not missed
 
     return done
+
+
+def blocks_edit(network: nn.Module, blocks: Sequence[str]) -> dict[str, Any]:
+    """The edit that drops those of the blocks which are gone from a network."""
+    gone = [name for name in blocks if isinstance(network.get_submodule(name), nn.Identity)]
+    return {"type": "drop_blocks", "modules": gone}
 
 
 def drop_blocks_stage(
     module: nn.Module, stage: spec.DropBlocks, context: Context, assignment: Assignment, work: Work
 ) -> None:
-    """Drop residual blocks, least harmful first, with recovery after each."""
-    blocks = choose_blocks(module, context.example, stage, where=assignment.where)
+    """Drop residual blocks, least harmful first, with recovery after each, and a point to go on from."""
+    reached = work.reached
+    if not reached:
+        blocks = choose_blocks(module, context.example, stage, where=assignment.where)
+        reached |= {"blocks": blocks, "drops": [], "targets": {}}
+        work.edits.append(blocks_edit(module, blocks))
+    blocks, targets, edit = reached["blocks"], reached["targets"], work.edits[-1]
     recover = recovery(stage.recovery, context, assignment, work)
-    done = enough_dropped(stage, blocks, context.example, assignment.baseline, where=assignment.where)
-    edit: dict[str, Any] = {"type": "drop_blocks", "modules": []}
-    work.edits.append(edit)
 
     def mend(network: nn.Module, index: int) -> None:
-        edit["modules"] = [name for name in blocks if isinstance(network.get_submodule(name), nn.Identity)]
-        _reestimate(network, stage.bn_batches, context, assignment.seed)
+        edit.update(blocks_edit(network, blocks))
+        reestimate(network, stage.bn_batches, context, assignment.seed)
         recover(network, index)
 
-    drops = drop_greedily(module, blocks, done=done, loss=_measured_loss(stage, context, assignment), recover=mend)
-    work.details["drops"] = [dataclasses.asdict(drop) for drop in drops]
+    def keep(drops: list[Drop]) -> None:
+        reached["drops"] = [dataclasses.asdict(drop) for drop in drops]
+        work.keep(module)
+
+    with Bench(module, context, assignment) as bench:
+        done = enough_dropped(
+            stage,
+            blocks,
+            context.example,
+            assignment.baseline,
+            where=assignment.where,
+            bench=bench,
+            targets=targets,
+        )
+        drop_greedily(
+            module,
+            blocks,
+            done=done,
+            loss=_measured_loss(stage, context, assignment),
+            recover=mend,
+            before=[Drop(**drop) for drop in reached["drops"]],
+            after=keep,
+        )
+    work.details["drops"] = reached["drops"]
+    if targets:
+        work.details |= {"targets": targets, "binding_target": binding(targets)}
 
 
 def _measured_loss(stage: spec.DropBlocks, context: Context, assignment: Assignment) -> Callable[[nn.Module], float]:
@@ -343,9 +185,11 @@ def _measured_loss(stage: spec.DropBlocks, context: Context, assignment: Assignm
         part = data.val.take(calibration_indices(data.val, stage.metric_images, assignment.seed))
         return lambda network: evaluate(network, part, data.spec, device=device, dtype=dtype)[1]
     assert assignment.teacher is not None, "the recipe validator demands a baseline before distillation"
-    images = data.train.images[calibration_indices(data.train, stage.metric_images, assignment.seed)]
+    chosen = calibration_indices(data.train, stage.metric_images, assignment.seed)
+    images, shown = data.train.images[chosen], context.baseline_data
     wanted = torch.log_softmax(
-        predict(assignment.teacher, images, data.spec, device=device, dtype=dtype) / DISTILL_T, dim=1
+        predict(assignment.teacher, shown.train.images[chosen], shown.spec, device=device, dtype=dtype) / DISTILL_T,
+        dim=1,
     )
 
     def distance(network: nn.Module) -> float:

@@ -176,18 +176,22 @@ def finetune(
     augment: Augment | None = None,
     distill: Distillation | None = None,
     frozen: Frozen = NOTHING_FROZEN,
+    penalty: Callable[[], Tensor] | None = None,
     seed: int = 0,
     device: str = "cpu",
 ) -> TrainingResult:
     """Train `module` in place and leave it with the weights that did best on `val` (accuracy, then loss).
 
-    The weights it starts from compete too: on validation, a short recovery cannot make things worse.
+    The weights it starts from compete too: on validation, a short recovery cannot make things worse. With a penalty,
+    which validation does not see, it is left with those of the last epoch.
 
     Args:
         epochs: passes over `train`; validated after each.
         steps: optimiser steps instead of epochs; validated after each pass and at the end.
         patience: stop after this many epochs without a better validation accuracy.
         ema: decay of an exponential moving average of the weights; when given, the average is validated and kept.
+        penalty: what is added to the loss of every step, a scalar of the network's parameters as they are then; the
+            losses that are reported are without it.
         frozen: layers that stay as they are, from `feed.freezing`; `module` is the network they are in.
         device: where it trains; `module` and the teacher are moved there and stay there (see `inference.visiting`).
 
@@ -205,7 +209,10 @@ def finetune(
     opt = make_optimizer(module, optimizer, learning_rate, weight_decay)
     factor = schedule_factor(schedule, warmup)
     average = WeightAverage(module, ema) if ema else None
-    feed = open_feed(module, frozen, train=train, val=val, spec=spec, augment=augment, dtype=dtype, device=device)
+    shown = distill.shown if distill else None
+    feed = open_feed(
+        module, frozen, train=train, val=val, spec=spec, augment=augment, dtype=dtype, device=device, shown=shown
+    )
     answers = Answers(distill.teacher, feed.rows, device) if distill else None
 
     result = TrainingResult(precision=str(dtype).removeprefix("torch."))
@@ -246,7 +253,7 @@ def finetune(
                         "use float32"
                     )
                 opt.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
+                (loss if penalty is None else loss + penalty()).backward()  # type: ignore[no-untyped-call]
                 if clip_norm:
                     nn.utils.clip_grad_norm_(module.parameters(), clip_norm)
                 opt.step()
@@ -277,7 +284,7 @@ def finetune(
                 f"learning_rate (now {learning_rate:g}) or set clip_norm"
             )
         better = (accuracy, -val_loss) > (result.val_accuracy, -result.val_loss)
-        if better:
+        if better or penalty is not None:
             result.best_epoch, result.val_accuracy, result.val_loss = epoch, accuracy, val_loss
             good = snapshot(module)
         if trained is not None:

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -52,6 +53,60 @@ def test_the_report_shows_figures_ratios_and_what_was_not_measured(capsys: pytes
     assert "note: classes [red] and [green] are few" in out  # brackets are not rich's markup
     assert "passed: runs/a/report.json" in out
     assert "runs/a/artifacts/result_int8.xml" in out
+
+
+def costs(channels: int, ms: float | None, precision: str | None = "f32") -> dict[str, Any]:
+    return {"in": channels, "out": channels, "macs": 1, "precision": precision, "ms": ms, "share": 0.1}
+
+
+LAYERED = dataclasses.replace(
+    REPORT,
+    layers=(
+        {"layer": "stem[0]", "kind": "conv", "baseline": costs(3, 0.5), "result": costs(2, 0.25, "u8")},
+        *(
+            {
+                "layer": f"blocks.{i}.rather_long.pw",
+                "kind": "conv",
+                "baseline": costs(64, 9 - i),
+                "result": None,
+            }
+            for i in range(1, 9)
+        ),
+        {"layer": "unknown", "kind": "conv", "baseline": costs(1, None), "result": costs(1, 1.0)},
+        {"layer": "last", "kind": "linear", "baseline": costs(5, 10.0), "result": costs(4, None, None)},
+        {"layer": "least", "kind": "conv", "baseline": costs(5, 0.1), "result": costs(4, 0.1)},
+    ),
+    layer_totals={
+        "baseline": {"rest": {}, "reorders": {"f32": {"count": 2, "ms": 0.0}}},
+        "result": {"rest": {}, "reorders": {"f32": {"count": 2, "ms": 0.5}, "u8": {"count": 3, "ms": 1.0}}},
+    },
+    benchmark={"int8_gain": 0.5},
+    recommended="artifacts/result_fp32.xml",
+)
+
+
+@pytest.mark.parametrize("columns", ["80", "300"])
+def test_the_slowest_layers_are_shown_before_and_after(
+    columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    console.show_report(LAYERED, Path("runs/a"))
+    out = capsys.readouterr().out
+    rows = lines(out)
+    assert rows["last"] == "5x5 -> 4x4 | 10.000 -> unknown | f32 -> unknown"
+    assert rows["stem[0]"] == "3x3 -> 2x2 | 0.500 -> 0.250 | f32 -> u8"
+    assert rows["blocks.1.rather_long.pw"] == "64x64 -> gone | 8.000 -> gone | f32 -> gone"
+    assert [name for name in rows if name in ("unknown", "least")] == [], "not timed, or not among the slowest ten"
+    assert "reorders (changes of layout or precision): 2 -> 5, 0.000 -> 1.500 ms" in out
+    assert "INT8 against float on this CPU, default precision: 0.50x as fast" in out
+    assert "recommended: runs/a/artifacts/result_fp32.xml" in out
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_a_report_without_layers_is_shown_without_them(capsys: pytest.CaptureFixture[str]) -> None:
+    console.show_report(REPORT, Path("runs/a"))
+    out = capsys.readouterr().out
+    assert not any(word in out for word in ("layer", "reorders", "INT8", "recommended"))
 
 
 def test_a_failed_run_says_why(capsys: pytest.CaptureFixture[str]) -> None:

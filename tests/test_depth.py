@@ -145,7 +145,7 @@ def test_recovery_follows_every_drop_and_is_measured() -> None:
     assert [(drop.loss_before, drop.loss_after) for drop in drops] == [(1.0, 0.4), (4.0, 0.7)]
 
 
-def test_it_is_asked_before_each_drop_whether_to_go_on_and_ends_when_none_is_left() -> None:
+def test_it_is_asked_before_each_drop_and_after_the_last_and_ends_when_none_is_left() -> None:
     network = Chain(0.5, 0.1)
     asked: list[int] = []
 
@@ -157,6 +157,6 @@ def test_it_is_asked_before_each_drop_whether_to_go_on_and_ends_when_none_is_lef
     assert drop_greedily(network, blocks, done=until(0), loss=distance(network), recover=nothing) == []
     assert is_dropped(network) == [False, False]
     drops = drop_greedily(network, blocks, done=never, loss=distance(network), recover=nothing)
-    assert asked == [0, 1]
+    assert asked == [0, 1, 2]
     assert len(drops) == 2
     assert torch.equal(network(X), X)

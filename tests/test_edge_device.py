@@ -67,7 +67,7 @@ def test_bench_times_one_ir_without_the_training_packages(xml: Path) -> None:
     for figures in result["latency"].values():
         assert (figures["calls"], figures["threads"]) == (7, 1)
         assert 0 < figures["median_ms"] <= figures["p95_ms"]
-    assert result["size"] == [32, 32]
+    assert result["size"] == {"f32": [32, 32], "default": [32, 32]}
     assert "median ms" in device("bench", xml, "--calls", "3").stdout
 
 

@@ -47,8 +47,6 @@ def plan_of(
         scores=score_groups(module, groups, kind="magnitude", loss_batches=None, seed=0),
         ranking=ranking,  # type: ignore[arg-type]
         pruning_ratio=ratio,
-        target_macs=None,
-        target_params=None,
         round_to=round_to,
         min_channels=min_channels,
     )

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_networks import (
     DISTILLED,
+    DIVERGING,
     DROP,
     EVERY_STAGE,
     FINETUNE,
@@ -32,6 +33,7 @@ from compressor import parity
 from compressor.artifacts import sha256_of, verify_manifest, write_manifest
 from compressor.checkpoint import load_network
 from compressor.cli import main
+from compressor.environment import INT8_FEATURES, cpu_flags
 from compressor.errors import DataError, RecipeError, TrainingError
 from compressor.pipeline import compress
 from compressor.recipe_loader import load_recipe, recipe_hash
@@ -56,8 +58,6 @@ FOOTPRINT = {
     *("throughput_fps", "accuracy", "accuracy_ci", "val_accuracy", "train_time_s", "train_avg_memory_bytes"),
     *("train_peak_memory_bytes", "retrain_avg_memory_bytes", "retrain_peak_memory_bytes"),
 }
-DIVERGING = {"type": "finetune", "epochs": 4, "batch_size": 16, "optimizer": "sgd", "learning_rate": 10.0}
-DIVERGING |= {"clip_norm": None, "precision": "float32"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,12 +150,71 @@ def test_the_time_of_a_run_is_accounted_for(finished: Finished) -> None:
     timing = dict(finished.report.timing)
     total = timing.pop("total")
     names = [f"stages[{stage['index']}] {stage['type']}" for stage in finished.report.stages]
-    proof = ["export", "parity", "accuracy", "benchmark", "retraining memory"]
-    assert sorted(timing) == sorted(["prepare", "training precision", *names, "keep stages", *proof])
+    proof = ["export", "parity", "accuracy", "benchmark", "layers", "retraining memory"]
+    assert sorted(timing) == sorted(["prepare", "training precision", "reachability", *names, "keep stages", *proof])
     assert 0.9 * total - 0.5 <= sum(timing.values()) <= total
     for stage in finished.report.stages:
         if stage["type"] == "finetune":
             assert sum(stage["details"]["time"].values()) <= stage["details"]["seconds"] <= stage["seconds"]
+
+
+@pytest.mark.parametrize("name", ["baseline", "result"])
+def test_what_the_layers_cost_adds_up_to_what_the_network_costs(finished: Finished, name: str) -> None:
+    report = finished.json
+    rows = [row[name] for row in report["layers"] if row[name] is not None]
+    totals = report["layer_totals"][name]
+    assert sum(row["macs"] for row in rows) == report[name]["macs"]
+    assert sum(row["share"] for row in rows) + totals["rest"]["share"] == pytest.approx(1, abs=1e-4)
+    assert sum(row["ms"] for row in rows) + totals["rest"]["ms"] == pytest.approx(report[name]["latency_ms"], abs=1e-4)
+    counts = {precision: entry["count"] for precision, entry in totals["reorders"].items()}
+    assert counts == report["audit"][name]["reorders"]
+    assert all(row["precision"] for row in rows)
+    if name == "baseline":
+        assert {row["precision"] for row in rows} == {"f32"}
+    elif cpu_flags() & {"avx2", *INT8_FEATURES}:
+        assert {row["precision"] for row in rows} <= {"u8", "i8"}
+
+
+def test_the_layers_are_those_of_the_networks(finished: Finished) -> None:
+    rows = {row["layer"]: row for row in finished.json["layers"]}
+    before, after = (load_network(finished.run / "stages" / name).module for name in ("00-finetune", "06-finetune"))
+    dropped = next(e["modules"][0] for e in load_network(last(finished)).edits if e["type"] == "drop_blocks")
+    gone = {name for name, row in rows.items() if row["result"] is None}
+    assert gone == {name for name in rows if name.startswith(dropped)}
+    assert gone
+    layers = {name for name, layer in before.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
+    assert rows.keys() == layers
+    for name in layers - gone:
+        layer = after.get_submodule(name)
+        assert (rows[name]["result"]["out"], rows[name]["kind"] == "linear") == (
+            layer.weight.shape[0],
+            isinstance(layer, nn.Linear),
+        )
+    assert any(rows[name]["result"]["out"] < rows[name]["baseline"]["out"] for name in layers - gone)
+
+
+def last(finished: Finished) -> Path:
+    return finished.run / "stages" / "06-finetune"
+
+
+def test_the_report_recommends_what_is_worth_it(finished: Finished) -> None:
+    report = finished.json
+    latency = report["benchmark"]["latency"]
+    gain = latency["result_fp32_default"]["median_ms"] / latency["result"]["median_ms"]
+    assert report["benchmark"]["int8_gain"] == pytest.approx(gain)
+    assert report["recommended"] == f"artifacts/result_{'int8' if gain > 1.03 else 'fp32'}.xml"
+    assert report["recommended"] in {artifact["path"] for artifact in report["artifacts"]}
+    assert any(note.startswith("INT8 gains nothing") for note in report["notes"]) == (gain <= 1.03)
+
+
+def test_reports_of_before_there_were_layers_are_read(finished: Finished, tmp_path: Path) -> None:
+    old = finished.json
+    for name in ("layers", "layer_totals", "recommended"):
+        del old[name]
+    (tmp_path / "report.json").write_text(json.dumps(old))
+    report = read_report(tmp_path / "report.json")
+    assert (report.layers, report.layer_totals, report.recommended) == ((), {}, None)
+    assert report.baseline == finished.report.baseline
 
 
 def test_the_folder_holds_what_the_contract_lists_and_nothing_else(finished: Finished) -> None:
@@ -265,6 +324,9 @@ def test_a_missed_budget_or_gate_leaves_a_failed_report_and_no_artifacts(
     assert report.parity["baseline"]["pairs"].keys() == {"torch/ir_f32"}
     assert any(reason.startswith("parity: baseline: ") for reason in report.verdict["reasons"]) == (missed == "parity")
     assert report.artifacts == ()
+    assert report.recommended is None, "there is nothing to deploy"
+    assert report.layers
+    assert report.benchmark["int8_gain"] is None
     assert not (tmp_path / "run" / "artifacts").exists()
     assert verify_manifest(tmp_path / "run") == []
     assert not (tmp_path / "run.partial").exists()
@@ -344,6 +406,7 @@ def test_a_recipe_object_does_as_well_as_a_file(
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(write_recipe(tmp_path / "recipe.yaml", tiny_images, SHORT)).recipe
     report = compress(recipe)
+    assert report.recommended == "artifacts/result_fp32.xml", "nothing was quantized"
     runs = list((tmp_path / "runs").iterdir())
     assert len(runs) == 1
     assert runs[0].name.startswith("recipe-")
@@ -374,6 +437,8 @@ def test_a_bare_sequential_goes_through_every_kind_of_stage(tiny_images: Path, t
     assert report.baseline.macs is not None
     assert report.result.macs is not None
     assert report.result.macs <= 0.7 * report.baseline.macs
+    assert [row["layer"] for row in report.layers] == ["0", "3", "8"], "though NNCF needs a module around it"
+    assert all(row["result"]["ms"] is not None for row in report.layers)
     assert all(torch.equal(value, before[name]) for name, value in given.state_dict().items())
     with pytest.raises(RecipeError, match=r"load_network\(folder, module"):
         load_network(tmp_path / "run" / "stages" / "01-prune")
@@ -468,3 +533,23 @@ def test_last_good_weights_fit_the_structure_they_were_lost_in(tiny_images: Path
     assert isinstance(network.module.get_submodule(dropped[0]), nn.Identity)
     before = load_file(tmp_path / "run.partial" / "stages" / "00-finetune" / "model.safetensors")
     assert network.module.state_dict().keys() == {name for name in before if not name.startswith(dropped[0])}
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (
+            {"latency_ms": "0.001x"},
+            r"stages\[2\]\.target\.latency_ms: found \S+ ms, .* reachable here: \S+ ms to \S+ ms",
+        ),
+        ({"macs": "0.001x"}, r"stages\[2\]: prune: a target of \S+ macs cannot be reached"),
+    ],
+)
+def test_a_target_out_of_reach_stops_the_run_before_its_first_stage(
+    target: dict[str, Any], message: str, tiny_images: Path, tmp_path: Path
+) -> None:
+    prune = {**PRUNE, "target": target}
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_images, FINETUNE, DROP, prune, QUANTIZE)
+    with pytest.raises(RecipeError, match=message):
+        compress(recipe, tmp_path / "run")
+    assert not list(tmp_path.glob("run*/stages/*"))

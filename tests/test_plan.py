@@ -12,11 +12,14 @@ from random_networks import RandomNetwork, Spec, specs
 from torch import Tensor, nn
 
 from compressor.errors import DataError, RecipeError, UnsupportedModelError
+from compressor.latency_model import LatencyModel
 from compressor.models.counting import count
 from compressor.pruning.apply import apply_plan, mask_plan
 from compressor.pruning.groups import ChannelGroup, find_groups
 from compressor.pruning.importance import score_groups
 from compressor.pruning.plan import PrunePlan, decide_plan, width_plan
+from compressor.pruning.steps import most_saved_first, steps_of
+from compressor.pruning.surgery import kept_widths
 
 SPEC = Spec(("residual", "grouped", "dense"), (12, 8, 12, 8), True, True, "relu", "hidden", 4, 5)
 
@@ -47,13 +50,27 @@ class Case:
     def decide(self, **settings: Any) -> PrunePlan:
         defaults: dict[str, Any] = {
             "ranking": "global",
-            "pruning_ratio": None,
-            "target_macs": None,
-            "target_params": None,
             "round_to": 2,
             "min_channels": 2,
         }
+        if settings.get("ranking") == "latency":
+            defaults["model"] = self.model()
+        model = self.model()
+        defaults["predict"] = {"latency": lambda kept: model.latency(kept.widths)}
         return decide_plan(self.net, self.example, groups=self.groups, scores=self.scores, **{**defaults, **settings})
+
+    def model(self) -> LatencyModel:
+        """Costs of every kind, in lanes of 4, as if they had been measured."""
+        layers = [name for name, layer in self.net.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+        generator = torch.Generator().manual_seed(1)
+        terms = {name: tuple(torch.rand(4, generator=generator).tolist()) for name in layers}
+        return LatencyModel(terms, rest=1.0, lanes=4, error=0.0)
+
+    def cost(self, net: nn.Module, unit: str) -> float:
+        """What a network costs: counted, or predicted from its layers."""
+        if unit == "latency":
+            return self.model().latency(kept_widths(net, {}))
+        return float(getattr(count(net, self.example), unit))
 
     def width(self, width: float, **settings: Any) -> PrunePlan:
         defaults: dict[str, Any] = {"overrides": {}, "round_to": 2, "min_channels": 2}
@@ -67,8 +84,8 @@ def group_named(case: Case, name: str) -> ChannelGroup:
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(
     spec=specs(),
-    ranking=st.sampled_from(("local", "global")),
-    unit=st.sampled_from(("macs", "params")),
+    ranking=st.sampled_from(("local", "global", "latency")),
+    unit=st.sampled_from(("macs", "params", "latency")),
     fraction=st.floats(0.05, 1),
     round_to=st.sampled_from((1, 2, 4)),
     min_channels=st.integers(1, 5),
@@ -77,19 +94,18 @@ def test_targets_are_met_or_refused(
     spec: Spec, ranking: str, unit: str, fraction: float, round_to: int, min_channels: int
 ) -> None:
     case = Case(spec, "random")
-    full = count(case.net, case.example)
-    target = int(fraction * getattr(full, unit))
-    settings = {"ranking": ranking, "round_to": round_to, "min_channels": min_channels}
+    settings = {"ranking": ranking, "round_to": round_to, "min_channels": min_channels, "model": case.model()}
+    target = fraction * case.cost(case.net, unit)
     try:
-        plan = case.decide(**{f"target_{unit}": target}, **settings)
+        plan = case.decide(targets={unit: target}, **settings)
     except RecipeError as error:
-        least = int(str(error).split("reach from ")[1].split(" (")[0].replace(",", ""))
+        least = float(str(error).split("reach from ")[1].split(" (")[0].replace(",", "")) * (1 + 1e-9)
         assert target < least
-        plan = case.decide(**{f"target_{unit}": least}, **settings)  # what is said to be reachable is
+        plan = case.decide(targets={unit: least}, **settings)  # what is said to be reachable is
         target = least
     cut = copy.deepcopy(case.net)
     apply_plan(cut, plan, case.example)
-    assert getattr(count(cut, case.example), unit) <= target
+    assert case.cost(cut, unit) <= target * (1 + 1e-9)
     for name, kept in plan.keep.items():
         group = group_named(case, name)
         assert len(kept) % round_to == 0
@@ -108,20 +124,20 @@ def test_a_residual_of_a_concatenation_that_is_concatenated_again_meets_its_targ
     spec = Spec(("dense", "residual", "dense"), (4, 4, 4, 4), False, False, "relu", "flatten", 4, 0)
     case = Case(spec, "random")
     assert group_named(case, "pieces.0.a.conv").prunable
-    plan = case.decide(target_macs=int(0.8 * count(case.net, case.example).macs), round_to=1, min_channels=1)
+    plan = case.decide(targets={"macs": 0.8 * count(case.net, case.example).macs}, round_to=1, min_channels=1)
     cut = copy.deepcopy(case.net)
     apply_plan(cut, plan, case.example)
     assert count(cut, case.example).macs <= 0.8 * count(case.net, case.example).macs
 
 
-@pytest.mark.parametrize("ranking", ["local", "global"])
+@pytest.mark.parametrize("ranking", ["local", "global", "latency"])
 def test_tighter_targets_keep_subsets(ranking: str) -> None:
     case = Case()
     full = count(case.net, case.example).macs
     previous: PrunePlan | None = None
     macs = []
     for fraction in (1.0, 0.9, 0.75, 0.6, 0.45, 0.3):
-        plan = case.decide(ranking=ranking, target_macs=int(fraction * full))
+        plan = case.decide(ranking=ranking, targets={"macs": fraction * full})
         if previous is not None:
             for name, kept in previous.keep.items():
                 assert set(plan.keep[name]) <= set(kept)
@@ -133,10 +149,51 @@ def test_tighter_targets_keep_subsets(ranking: str) -> None:
     assert macs[0] == full  # a target that is met already removes nothing
 
 
+def test_what_costs_most_for_its_importance_goes_first() -> None:
+    case = Case()
+    groups = [group for group in case.groups if group.prunable]
+    ascending = {group.name: case.scores[group.name].argsort().tolist() for group in groups}
+    steps = {
+        group.name: steps_of(group, case.scores[group.name], ascending[group.name], "latency", 2, 2) for group in groups
+    }
+    model = case.model()
+    order = most_saved_first(case.net, groups, steps, case.scores, ascending, model)
+    assert sorted(order, key=lambda step: (step.group, -step.before)) != order, "groups take turns"
+    widths = {group.name: group.channels for group in groups}
+
+    def latency(widths: dict[str, int]) -> float:
+        plan = PrunePlan(
+            {name: tuple(range(width)) for name, width in widths.items()},
+            {group.name: group.channels for group in groups},
+        )
+        cut = copy.deepcopy(case.net)
+        apply_plan(cut, plan, case.example)
+        return model.latency(kept_widths(cut, {}))
+
+    def price(group: str, after: int) -> float:
+        """Importance lost per time saved, from really cut networks."""
+        gone = ascending[group][case.widths()[group] - widths[group] : case.widths()[group] - after]
+        saved = latency(widths) - latency({**widths, group: after})
+        return float(case.scores[group][gone].sum()) / saved if saved > 1e-12 else float("inf")
+
+    left = {name: list(some) for name, some in steps.items()}
+    position = 0
+    for _ in range(6):
+        cheapest = min(
+            (price(name, step.after), name, i) for name, some in left.items() for i, step in enumerate(some[:8])
+        )
+        chunk = order[position : position + cheapest[2] + 1]
+        assert [step.group for step in chunk] == [cheapest[1]] * len(chunk)
+        assert chunk[-1].key == pytest.approx(cheapest[0])
+        position += len(chunk)
+        widths[cheapest[1]] = chunk[-1].after
+        left[cheapest[1]] = left[cheapest[1]][len(chunk) :]
+
+
 def test_both_targets_are_met_together() -> None:
     case = Case()
     full = count(case.net, case.example)
-    plan = case.decide(target_macs=int(0.7 * full.macs), target_params=int(0.4 * full.params))
+    plan = case.decide(targets={"macs": 0.7 * full.macs, "params": 0.4 * full.params})
     apply_plan(case.net, plan, case.example)
     cut = count(case.net, case.example)
     assert cut.macs <= 0.7 * full.macs
@@ -147,7 +204,7 @@ def test_an_unreachable_target_names_the_range() -> None:
     case = Case()
     full = count(case.net, case.example).macs
     with pytest.raises(RecipeError, match=rf"target of 10 macs cannot be reached; .* reach from [\d,]+ .* to {full:,}"):
-        case.decide(target_macs=10)
+        case.decide(targets={"macs": 10})
 
 
 def test_local_ratio_rounds_each_group_to_the_nearest_multiple() -> None:
@@ -249,11 +306,11 @@ def test_width_is_a_fraction_kept_with_overrides_by_group() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "either pruning_ratio or a target"),
-        ({"pruning_ratio": 0.3, "target_macs": 100}, "either pruning_ratio or a target"),
+        ({}, "either pruning_ratio or targets"),
+        ({"pruning_ratio": 0.3, "targets": {"macs": 100}}, "either pruning_ratio or targets"),
         ({"pruning_ratio": 1.0}, "0 <= ratio < 1; found 1.0"),
         ({"pruning_ratio": 0.3, "round_to": 0}, "round_to must be at least 1; found 0"),
-        ({"pruning_ratio": 0.3, "ranking": "both"}, "ranking 'both' is not one of local, global"),
+        ({"pruning_ratio": 0.3, "ranking": "both"}, "ranking 'both' is not one of local, global, latency"),
     ],
 )
 def test_contradictory_settings_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -11,6 +11,7 @@ from openvino import opset13 as op
 from PIL import Image
 
 from compressor.errors import RecipeError, UnsupportedModelError
+from compressor.openvino_core import core
 from compressor.preprocess import FITS, RESIZES, InputSpec, embed_preprocessing, make_resizer, resize_model
 
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -40,13 +41,13 @@ def test_ir_on_a_raw_image_equals_network_on_the_cached_one(resize: str, fit: st
     spec = InputSpec(24, 32, resize, fit, MEAN, STD)
     network = tiny_network(24, 32)
     ov.save_model(embed_preprocessing(network, spec), tmp_path / "m.xml", compress_to_fp16=False)
-    model = ov.Core().read_model(tmp_path / "m.xml")
+    model = core().read_model(tmp_path / "m.xml")
     assert model.input(0).get_names() == {"image"}
     assert model.output(0).get_names() == {"logits"}
     assert str(model.input(0).get_partial_shape()) == "[1,?,?,3]"
     assert model.input(0).get_element_type() == ov.Type.u8
     assert model.get_rt_info(["model_info", "labels"]).astype(str) == "a b c d e"
-    published, bare = ov.compile_model(model, "CPU", F32), ov.compile_model(network, "CPU", F32)
+    published, bare = core().compile_model(model, "CPU", F32), core().compile_model(network, "CPU", F32)
     cached = make_resizer(spec)
     for size in SIZES:
         image = noise(*size)
@@ -56,14 +57,14 @@ def test_ir_on_a_raw_image_equals_network_on_the_cached_one(resize: str, fit: st
         np.testing.assert_allclose(published(image[None])[0], expected, atol=1e-5, err_msg=str(size))
         fixed = model.clone()
         fixed.reshape([1, *image.shape])
-        np.testing.assert_allclose(ov.compile_model(fixed, "CPU", F32)(image[None])[0], expected, atol=1e-5)
+        np.testing.assert_allclose(core().compile_model(fixed, "CPU", F32)(image[None])[0], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("resize", RESIZES)
 def test_default_precision_resizes_to_the_same_bytes(resize: str) -> None:
     """bf16, where the CPU has it, must not touch the geometry: accuracy is measured at default precision."""
     spec = InputSpec(24, 32, resize)
-    plain, exact = ov.compile_model(resize_model(spec), "CPU"), ov.compile_model(resize_model(spec), "CPU", F32)
+    plain, exact = core().compile_model(resize_model(spec), "CPU"), core().compile_model(resize_model(spec), "CPU", F32)
     for size in SIZES:
         image = noise(*size)[None]
         assert np.array_equal(plain(image)[0], exact(image)[0])
@@ -89,7 +90,7 @@ def test_two_passes_equal_openvinos_own_pillow_resize() -> None:
         processor.input().tensor().set_shape(ov.PartialShape([1, -1, -1, 3])).set_layout(ov.Layout("NHWC"))
         processor.input().model().set_layout(ov.Layout("NHWC"))
         processor.input().preprocess().resize(algorithm)
-        official, ours = ov.compile_model(processor.build(), "CPU"), make_resizer(InputSpec(24, 32, resize))
+        official, ours = core().compile_model(processor.build(), "CPU"), make_resizer(InputSpec(24, 32, resize))
         for size in SIZES:
             image = noise(*size)
             assert np.array_equal(official(image[None])[0][0], ours(image)), (resize, size)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import compressor.fake_quantize
 from compressor import quantization
+from compressor.equalization import equalize_depthwise
 from compressor.errors import RecipeError, UnsupportedModelError
 from compressor.fake_quantize import (
     AsymmetricQuantize,
@@ -22,7 +23,7 @@ from compressor.fake_quantize import (
     fake_quantize,
     fake_quantize_gradients,
 )
-from compressor.folding import apply_fold, equalize_depthwise, fold_batchnorm
+from compressor.folding import apply_fold, fold_batchnorm
 from compressor.models.xception import Xception
 from compressor.quantization import load_quantized, quantize, resolve_overflow_fix
 

@@ -4,12 +4,12 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-import openvino as ov
 import pytest
 from conftest import REPOSITORY
 from PIL import Image
 
 from compressor import parity
+from compressor.openvino_core import core
 from compressor.pipeline import compress
 
 pytestmark = pytest.mark.slow
@@ -54,9 +54,9 @@ def test_the_caltech_recipe_learns_and_its_ir_scores_as_reported(
 
 def score(xml: Path, images: Path, config: dict[str, str] | None = None) -> tuple[int, int]:
     """Right answers and images, by plain openvino and Pillow: what somebody does who knows nothing of the toolkit."""
-    model = ov.Core().read_model(xml)
+    model = core().read_model(xml)
     labels = model.get_rt_info(["model_info", "labels"]).astype(str).split()
-    compiled = ov.compile_model(model, "CPU", config or {})
+    compiled = core().compile_model(model, "CPU", config or {})
     right = total = 0
     for folder in sorted(images.iterdir()):
         for path in folder.iterdir():

@@ -95,7 +95,7 @@ budget:
         + ", ".join(keys_at(("stages", 0), {"stages": [{"type": "finetune"}]}))
         + "; did you mean 'learning_rate'?",
         "recipe.yaml:11: stages[1].type: found 'quantise', allowed drop_blocks, finetune, prune, quantize, "
-        "reduce_channels or replace_kernels; did you mean 'quantize'?",
+        "reduce_channels, reduce_resolution or replace_kernels; did you mean 'quantize'?",
         "recipe.yaml:13: stages[2].target.macs: found '1.4x', allowed a number > 0, a fraction of the baseline such as "
         "0.4x (at most 1x) or null",
         "recipe.yaml:14: stages[2].ignored_scope: found the anchor &scope, which recipes do not allow; remove it",

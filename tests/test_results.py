@@ -1,5 +1,6 @@
 """Stored figures of finished runs: what `benchmarks/results.py` keeps of a report."""
 
+import dataclasses
 import importlib.util
 import json
 from collections.abc import Iterator
@@ -76,6 +77,20 @@ def test_a_recorded_run_names_no_folder_of_its_machine(results: ModuleType, tmp_
     assert (kept["recipe"]["data"]["path"], kept["recipe"]["model"]["weights"]) == ("set.tar", "w.pth")
     assert kept["notes"] == ["could not read x.png, y.png"]
     assert list(kept["parity"]["pairs"]) == ["torch/onnx"]
+
+
+def test_a_recorded_run_has_a_line_for_each_layer(results: ModuleType, tmp_path: Path) -> None:
+    rows = tuple({"layer": name, "kind": "conv", "baseline": {"in": 3, "ms": 0.5}, "result": None} for name in "abc")
+    # A key of the same name elsewhere must not get them.
+    found = dataclasses.replace(report(tmp_path), layers=rows, parity={"layers": []})
+    for name, value in (("with", found), ("without", report(tmp_path))):
+        write_report(tmp_path / name / "report.json", value)
+        results.record(tmp_path / name, name)
+    text = (tmp_path / "results" / "with.json").read_text()
+    assert tuple(json.loads(text)["layers"]) == rows
+    assert json.loads(text)["parity"] == {"layers": []}
+    assert sum('"layer":' in line for line in text.splitlines()) == len(rows)
+    assert json.loads((tmp_path / "results" / "without.json").read_text())["layers"] == []
 
 
 @pytest.mark.parametrize("stored", STORED, ids=lambda path: path.stem)

@@ -11,7 +11,7 @@ import torch
 from tiny_networks import PRUNE, QUANTIZE, SHORT, contents, tiny_recipe, write_recipe
 from watched_process import run_watched
 
-from compressor import proof
+from compressor import proof, retraining
 from compressor.context import Context
 from compressor.pipeline import compress
 from compressor.recipe import Recipe
@@ -61,7 +61,7 @@ def test_what_is_retrained_is_the_slim_network(
     context = Context(torch.zeros(1, 3, 48, 48), None, "cpu", tmp_path)  # type: ignore[arg-type]
     seen: list[list[str]] = []
     done = subprocess.CompletedProcess([], 0, "{}", "")
-    monkeypatch.setattr(proof.subprocess, "run", lambda command, **_: seen.append(command) or done)
+    monkeypatch.setattr(retraining.subprocess, "run", lambda command, **_: seen.append(command) or done)
     proof._retrain_memory(context, recipe, [{"type": stage.type} for stage in recipe.stages])
     assert seen[0][-4:-2] == [str(tmp_path / "stages" / slim), str(options)]
 
@@ -91,7 +91,7 @@ def test_the_last_finetune_is_measured_by_a_child_that_finds_the_toolkit_from_an
         assert found == str(REPOSITORY / "compressor" / "__init__.py")
         return subprocess.CompletedProcess(command, 0, 'a line of some library\n{"peak_bytes": 7}\n', "")
 
-    monkeypatch.setattr(proof.subprocess, "run", lambda *a, **k: real(*a, **k) if "-c" in a[0] else run(*a, **k))
+    monkeypatch.setattr(retraining.subprocess, "run", lambda *a, **k: real(*a, **k) if "-c" in a[0] else run(*a, **k))
     assert proof._retrain_memory(*asked) == {"peak_bytes": 7}
     folder = tmp_path / "run.partial"
     assert seen[0][-5:] == [str(folder), str(folder / "stages/02-finetune"), "2", "12", "bfloat16"]
@@ -116,7 +116,7 @@ def test_the_child_is_told_the_factory_and_a_bare_module_is_not_measured(
     context = Context(torch.zeros(1, 3, 48, 48), None, "cpu", tmp_path)  # type: ignore[arg-type]
     seen: list[list[str]] = []
     done = subprocess.CompletedProcess([], 0, "{}", "")
-    monkeypatch.setattr(proof.subprocess, "run", lambda command, **_: seen.append(command) or done)
+    monkeypatch.setattr(retraining.subprocess, "run", lambda command, **_: seen.append(command) or done)
     for name in ("own_networks:make", "own_networks.OwnNetwork"):
         recipe = Recipe.model_validate(tiny_recipe(tiny_images, SHORT, model={"source": "custom", "name": name}))
         measured = proof._retrain_memory(context, recipe, [{"type": "finetune"}])
@@ -134,7 +134,7 @@ def test_what_cannot_be_measured_says_why(
         "error": "the recipe has no finetune stage"
     }
     died = subprocess.CompletedProcess([], -9, "", "")
-    monkeypatch.setattr(proof.subprocess, "run", lambda *_, **__: died)
+    monkeypatch.setattr(retraining.subprocess, "run", lambda *_, **__: died)
     assert proof._retrain_memory(*asked) == {"error": "it ended without a message"}
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from tiny_networks import tiny
 from torch import nn
 
-from compressor import stages
+from compressor import channel_choice, stages
 from compressor.checkpoint import Network, load_network, save_network
 from compressor.context import Assignment, Context, Work
 from compressor.data import Dataset, load_dataset
@@ -20,6 +20,7 @@ from compressor.errors import RecipeError, TrainingError, UnsupportedModelError
 from compressor.inference import frozen_copy
 from compressor.models.counting import count
 from compressor.preprocess import InputSpec
+from compressor.pruning.importance import NEEDS_BATCHES, Importance, score_groups
 from compressor.recipe import Stage
 from compressor.report import Footprint
 from compressor.stages import Outcome, run_stage
@@ -135,6 +136,23 @@ def test_taylor_importance_repeats_with_the_seed(run: Run, network: Network, con
     fresh.load_state_dict(state)
     object.__setattr__(network, "module", fresh.eval())
     assert run(**stage).plans == decided
+
+
+@pytest.mark.parametrize("kind", get_args(Importance))
+def test_a_prune_stage_goes_by_the_importance_it_names(
+    kind: Importance, run: Run, network: Network, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, bool]] = []
+
+    def score(*args: Any, **options: Any) -> dict[str, torch.Tensor]:
+        asked.append((options["kind"], bool(options["loss_batches"])))
+        return score_groups(*args, **options)
+
+    monkeypatch.setattr(channel_choice, "score_groups", score)
+    before = sizes(network, context)
+    outcome = run(type="prune", importance=kind, importance_batches=1, pruning_ratio=0.5, min_channels=4, bn_batches=0)
+    assert asked == [(kind, kind in NEEDS_BATCHES)]
+    assert sizes(outcome.network, context) < before
 
 
 def test_a_target_out_of_reach_is_refused_before_the_first_of_many_steps(

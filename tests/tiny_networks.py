@@ -22,6 +22,8 @@ FINETUNE = {
     "learning_rate": 1e-2,
 }
 SHORT = {**FINETUNE, "epochs": 1, "learning_rate": 2e-3}
+DIVERGING = {"type": "finetune", "epochs": 4, "batch_size": 16, "optimizer": "sgd", "learning_rate": 10.0}
+DIVERGING |= {"clip_norm": None, "precision": "float32"}
 DISTILLED = {**SHORT, "distill": {"temperature": 2.0, "weight": 0.5}}
 PRUNE = {"type": "prune", "target": {"macs": "0.7x"}, "round_to": 4, "min_channels": 4, "bn_batches": 4}
 DROP = {"type": "drop_blocks", "count": 1, "metric_images": 42, "bn_batches": 4}

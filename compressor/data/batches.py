@@ -56,6 +56,19 @@ class Draw:
     shifts: Tensor | None = None
     windows: tuple[Tensor, Tensor] | None = None
 
+    def at(self, places: NDArray[np.int64]) -> "Draw":
+        """What was drawn for some of the images."""
+        some = torch.from_numpy(places)
+        shifts = None if self.shifts is None else self.shifts[some]
+        windows = None if self.windows is None else (self.windows[0][some], self.windows[1][some])
+        return Draw(self.orientations[some], shifts, windows)
+
+    def scaled(self, rows: float, columns: float) -> "Draw":
+        """The same for images of another size: what counts in pixels is multiplied, to whole ones."""
+        if self.shifts is None:
+            return self
+        return Draw(self.orientations, (self.shifts * torch.tensor([rows, columns])).round().long(), self.windows)
+
 
 @dataclass(frozen=True)
 class Augment:

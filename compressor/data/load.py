@@ -59,6 +59,7 @@ def load_dataset(
     val_per_class: int = 60,
     test_per_class: int = 100,
     image_size: int | None = None,
+    like: Dataset | None = None,
 ) -> Dataset:
     """Load train, val and test images at the network's size.
 
@@ -77,6 +78,8 @@ def load_dataset(
         val_per_class: See above.
         test_per_class: See above.
         image_size: Side of the generated images, pixels; None generates at the network's size.
+        like: What these settings gave at another size: of generated images the same ones are kept, although small ones
+            repeat each other more easily. Files are told apart by their contents, at any size.
 
     Raises:
         DataError: Files or folders that cannot be used; all faults at once, up to 20.
@@ -88,7 +91,7 @@ def load_dataset(
         raise RecipeError(f"data.source: '{source}' is not known; use one of {allowed}{did_you_mean(source, SOURCES)}")
     if source == "synthetic_pcb":
         counts = {"train": train_per_class, "val": val_per_class, "test": test_per_class}
-        return _generate(spec, cache, seed, counts, image_size)
+        return _generate(spec, cache, seed, counts, image_size, like)
     tree = open_tree(_path_of(source, path))
     layout = find_layout(tree)
     faults = [*tree.faults, *layout.faults]
@@ -162,11 +165,13 @@ def _picture_notes(cached: Sequence[CachedImages]) -> list[str]:
     return notes
 
 
-def _generate(spec: InputSpec, cache: Path, seed: int, per_class: dict[str, int], image_size: int | None) -> Dataset:
+def _generate(
+    spec: InputSpec, cache: Path, seed: int, per_class: dict[str, int], image_size: int | None, like: Dataset | None
+) -> Dataset:
     """Generate every split with a seed of its own; cached under the generator's source code and settings."""
     from compressor.data import synthetic_pcb
 
-    size = image_size or max(spec.height, spec.width, synthetic_pcb.MIN_SIZE)
+    size = max(image_size or max(spec.height, spec.width), synthetic_pcb.MIN_SIZE)
     code = hashlib.sha256()
     for path in sorted(Path(synthetic_pcb.__file__).parent.glob("*pcb*.py")):
         code.update(path.read_bytes())
@@ -184,7 +189,11 @@ def _generate(spec: InputSpec, cache: Path, seed: int, per_class: dict[str, int]
         ).images
         shas = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
         names = [f"{side}/{labels[label]}/{i % per_class[side]:05d}.png" for i, label in enumerate(truth.tolist())]
-        fresh = [i for i, sha in enumerate(shas) if sha not in held]
+        if like is None:
+            fresh = [i for i, sha in enumerate(shas) if sha not in held]
+        else:
+            taken = set(getattr(like, side).names)
+            fresh = [i for i, name in enumerate(names) if name in taken]
         if len(fresh) < len(shas):
             notes.append(f"{len(shas) - len(fresh)} generated image(s) of {side} dropped: they repeat one held out")
             images, truth = images[fresh], truth[fresh]

@@ -5,8 +5,9 @@ Invariant: figures are exact integers for one sample; FLOPs would be twice the M
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
+
+from compressor.modes import evaluating
 
 _QUANTIZER = "__nncf_hooks"  # NNCF 3.4 keeps its quantizers' parameters below this name
 
@@ -41,16 +42,12 @@ def count(module: nn.Module, example: Tensor) -> Counts:
         for name, layer in module.named_modules()
         if isinstance(layer, nn.modules.conv._ConvNd | nn.Linear)
     ]
-    modes = [(layer, layer.training) for layer in module.modules()]
-    module.eval()  # a pass in training mode would move BatchNorm's statistics
     try:
-        with torch.no_grad():
+        with evaluating(module):  # a pass in training mode would move BatchNorm's statistics
             module(example)
     finally:
         for hook in hooks:
             hook.remove()
-        for layer, training in modes:
-            layer.training = training
     params = sum(value.numel() for name, value in module.named_parameters() if _QUANTIZER not in name)
     return Counts(sum(per_layer.values()), params, per_layer)
 

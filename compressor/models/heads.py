@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import RecipeError, UnsupportedModelError
+from compressor.modes import evaluating
 from compressor.outputs import named_tensors
 
 
@@ -45,10 +46,8 @@ def look(module: nn.Module, example: Tensor) -> Look:
         return layer.register_forward_hook(lambda _layer, _inputs, out: seen.append((name, width, out)))
 
     hooks = [watch(name, layer) for name, layer in module.named_modules() if _is_candidate(layer)]
-    modes = [(layer, layer.training) for layer in module.modules()]
-    module.eval()
     try:
-        with torch.no_grad():
+        with evaluating(module):
             output = module(example)
     except Exception as error:  # whatever a network raises on an image it was not made for
         height, width = example.shape[-2:]
@@ -60,8 +59,6 @@ def look(module: nn.Module, example: Tensor) -> Look:
     finally:
         for hook in hooks:
             hook.remove()
-        for layer, training in modes:
-            layer.training = training
     tables = [value for value in named_tensors(output).values() if value.dim() == 2 and len(value) == len(example)]
     direct = next((name for name, _, out in seen if out is tables[0]), None)
     widths = tuple(value.shape[1] for value in tables)

@@ -45,21 +45,28 @@ def drop_greedily(
     done: Callable[[nn.Module, int], bool],
     loss: Callable[[nn.Module], float],
     recover: Callable[[nn.Module, int], None],
+    before: Sequence[Drop] = (),
+    after: Callable[[list[Drop]], None] = lambda _: None,
 ) -> list[Drop]:
     """Drop blocks from `module` in place until `done(module, dropped)`, or until none is left.
 
     Args:
         blocks: names of candidates, removable in any order (see `find_blocks`).
-        done: asked before each drop, with the number dropped so far.
+        done: asked before each drop and after the last, with the number dropped so far; may refuse to go on.
         loss: the measured loss, lower is better (validation or distillation loss).
         recover: trains the network a little after each drop; gets the drop's index.
+        before: drops that are behind `module` already.
+        after: told all drops after each.
+
+    Returns:
+        All drops, `before` too.
 
     Raises:
         TrainingError: a measured loss is not finite.
     """
-    remaining = list(blocks)
-    drops: list[Drop] = []
-    while remaining and not done(module, len(drops)):
+    drops = list(before)
+    remaining = [name for name in blocks if name not in [drop.block for drop in drops]]
+    while not done(module, len(drops)) and remaining:
         candidates = {name: measure_without(module, name, loss) for name in remaining}
         for name, value in candidates.items():
             if not math.isfinite(value):
@@ -71,4 +78,5 @@ def drop_greedily(
         drop = Drop(chosen, candidates, candidates[chosen], loss(module))
         log.info("dropped %s: loss %.4f, after recovery %.4f", chosen, drop.loss_before, drop.loss_after)
         drops.append(drop)
+        after(drops)
     return drops

@@ -8,15 +8,17 @@ import fnmatch
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 
 from compressor.errors import DataError, RecipeError, did_you_mean
+from compressor.latency_model import LatencyModel
 from compressor.pruning.coupling import WRITERS, ChannelGroup
-from compressor.pruning.steps import Step, fewest_kept, shortest_prefix, steps_of
+from compressor.pruning.steps import EXACT, Predictor, Step, fewest_kept, most_saved_first, shortest_prefix, steps_of
 
 PLAN_VERSION = 1
+Ranking = Literal["local", "global", "latency"]
 Setting = str | int | float | None | dict[str, float]
 
 
@@ -28,7 +30,7 @@ class PrunePlan:
         keep: Group name to kept decisions, ascending. Groups that stay whole are absent.
         channels: Group name to the decisions it had, for each group in `keep`: what `apply_plan` checks against.
         skipped: Group name to the reason why it is not pruned, or not as far as asked.
-        settings: What the plan was asked for.
+        settings: What the plan was asked for; a predicted cost as a fraction of the baseline's such as `0.4x`.
     """
 
     keep: dict[str, tuple[int, ...]]
@@ -86,62 +88,69 @@ def decide_plan(
     *,
     groups: Sequence[ChannelGroup],
     scores: Mapping[str, Tensor],
-    ranking: Literal["local", "global"],
-    pruning_ratio: float | None,
-    target_macs: int | None,
-    target_params: int | None,
+    ranking: Ranking,
+    pruning_ratio: float | None = None,
+    targets: Mapping[str, float] | None = None,
     round_to: int,
     min_channels: int,
     full: Mapping[str, int] | None = None,
+    model: LatencyModel | None = None,
+    predict: Mapping[str, Predictor] | None = None,
 ) -> PrunePlan:
     """Choose the channels to keep; the network is left untouched.
 
-    `local` shrinks every group by one common ratio; `global` takes the least important channels wherever they are.
-    With targets, the list of steps is followed until both are met; MACs and parameters come from arithmetic that equals
-    the count of the really pruned network.
+    `local` shrinks every group by one common ratio; `global` takes the least important channels wherever they are;
+    `latency` takes those first that save most time for the importance that is lost. With targets, the list of steps is
+    followed until all are met; MACs and parameters come from arithmetic that equals counting the pruned network.
 
     Args:
         module: The network.
         example: Input `(N, C, H, W)` for which MACs are counted.
         groups: From `find_groups`.
         scores: From `score_groups`, one for each prunable group.
-        ranking: `local` or `global`.
+        ranking: `local`, `global` or `latency`.
         pruning_ratio: Fraction of channels to remove, in [0, 1). `local`: of each group, to the nearest multiple of
-            `round_to`; `global`: of all prunable channels, at most. Excludes the targets.
-        target_macs: Most multiply-accumulates for one sample.
-        target_params: Most parameters.
+            `round_to`; otherwise: of all prunable channels, at most. Excludes targets.
+        targets: Most `macs` (multiply-accumulates for one sample), `params`, and whatever else `predict` names.
         round_to: Kept channels of a pruned group are a multiple of this.
         min_channels: Channels that every group keeps at least.
         full: Group name to the channels it had before earlier steps of the same stage: what `pruning_ratio` refers to,
             so that rounding does not add up over steps. By default, what the groups have now.
+        model: Predicts each layer's time; needed by ranking `latency`.
+        predict: Other costs by name, as fractions of the baseline's.
 
     Raises:
-        RecipeError: If the settings contradict each other or the target cannot be reached; the message tells the range.
+        RecipeError: If settings contradict each other or the target cannot be reached; the message tells the range.
     """
     _check_settings(round_to, min_channels)
-    targets = {"macs": target_macs, "params": target_params}
-    if (pruning_ratio is None) == all(target is None for target in targets.values()):
-        raise RecipeError("prune: give either pruning_ratio or a target in macs or params, not both and not neither")
+    if (pruning_ratio is None) == (not targets):
+        raise RecipeError("prune: give either pruning_ratio or targets, not both and not neither")
     if pruning_ratio is not None and not 0 <= pruning_ratio < 1:
         raise RecipeError(
             f"prune: pruning_ratio is the fraction of channels removed, 0 <= ratio < 1; found {pruning_ratio}"
         )
-    if ranking not in ("local", "global"):
-        raise RecipeError(f"prune: ranking '{ranking}' is not one of local, global")
+    if ranking not in get_args(Ranking):
+        raise RecipeError(f"prune: ranking '{ranking}' is not one of {', '.join(get_args(Ranking))}")
+    if model is None and ranking == "latency":
+        raise RecipeError("prune: ranking by latency needs a latency model")
     order = {group.name: _ascending(group, scores) for group in groups if group.prunable}
     whole = {group.name: (full or {}).get(group.name, group.channels) for group in groups}
     skipped = _unprunable(groups, round_to, min_channels)
-    steps = [
-        step
-        for group in groups
-        if group.name not in skipped
-        for step in steps_of(
+    open_steps = {
+        group.name: steps_of(
             group, scores[group.name], order[group.name], ranking, round_to, min_channels, whole[group.name]
         )
-    ]
-    steps.sort(key=lambda step: step.key)  # stable: equal keys keep network order, so the same seed gives the same plan
+        for group in groups
+        if group.name not in skipped
+    }
+    if ranking == "latency":
+        assert model is not None
+        steps = most_saved_first(module, groups, open_steps, scores, order, model)
+    else:  # stable: equal keys keep network order, so the same seed gives the same plan
+        steps = sorted(itertools.chain(*open_steps.values()), key=lambda step: step.key)
     if pruning_ratio is None:
-        length = shortest_prefix(module, example, groups, steps, targets)
+        assert targets
+        length = shortest_prefix(module, example, groups, steps, targets, {**EXACT, **(predict or {})})
     elif ranking == "local":
         length = sum(step.key <= pruning_ratio for step in steps)
         skipped |= _held_back(groups, whole, steps[:length], skipped, pruning_ratio, round_to, min_channels)
@@ -157,8 +166,7 @@ def decide_plan(
     settings: dict[str, Setting] = {
         "ranking": ranking,
         "pruning_ratio": pruning_ratio,
-        "target_macs": target_macs,
-        "target_params": target_params,
+        **{f"target_{unit}": goal if unit in EXACT else f"{goal:.6g}x" for unit, goal in (targets or {}).items()},
         "round_to": round_to,
         "min_channels": min_channels,
     }

@@ -6,9 +6,10 @@ Invariant: a role depends on one pass of the network at the given input size, ne
 import math
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+
+from compressor.modes import evaluating
 
 PREFIX = "role:"
 _MAPPINGS = (nn.modules.conv._ConvNd, nn.Linear)
@@ -33,15 +34,12 @@ def find_roles(module: nn.Module, example: Tensor) -> dict[str, set[str]]:
         for name, layer in module.named_modules()
         if next(layer.parameters(recurse=False), None) is not None
     ]
-    modes = [(layer, layer.training) for layer in module.modules()]
     try:
-        with torch.no_grad():
-            module.eval()(example)
+        with evaluating(module):
+            module(example)
     finally:
         for hook in hooks:
             hook.remove()
-        for layer, training in modes:
-            layer.training = training
     convolutions = [i for i, (_, layer, _) in enumerate(runs) if isinstance(layer, nn.modules.conv._ConvNd)]
     body_begins = convolutions[1] if len(convolutions) > 1 else len(runs)
     mapped = [i for i, (_, _, side) in enumerate(runs) if side is not None and side > 1]

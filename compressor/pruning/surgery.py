@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.pruning.coupling import SIZES, ChannelGroup, is_depthwise
-from compressor.pruning.tracing import NORMS
+from compressor.pruning.trace_layers import NORMS
 
 
 def removed_channels(
@@ -86,13 +86,13 @@ def mask(module: nn.Module, groups: Sequence[ChannelGroup], keep: Mapping[str, S
             layer = module.get_submodule(name)
             if kind != "in":
                 continue
-            if isinstance(layer, nn.Conv2d):
+            if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1):
+                layer.weight[:, sorted(gone)] = 0
+            elif isinstance(layer, nn.Conv2d):
                 block_in, block_out = layer.in_channels // layer.groups, layer.out_channels // layer.groups
                 for index in gone:
                     block = index // block_in
                     layer.weight[block * block_out : (block + 1) * block_out, index % block_in] = 0
-            elif isinstance(layer, nn.Linear):
-                layer.weight[:, sorted(gone)] = 0
 
 
 def _rest(width: int, gone: set[int]) -> list[int]:
@@ -200,21 +200,34 @@ def kept_cost(module: nn.Module, macs: Mapping[str, int], removed: Mapping[tuple
     total_params = sum(parameter.numel() for parameter in module.parameters())
     for name in {layer for layer, _ in removed}:
         layer = module.get_submodule(name)
-        lost_in, lost_out = removed.get((name, "in"), 0), removed.get((name, "out"), 0)
         if (width := _widths(layer)) is None or isinstance(layer, NORMS):
             gone = removed.get((name, "norm"), 0) + removed.get((name, "activation"), 0)
             total_params -= gone * sum(1 for parameter in layer.parameters())
             continue
-        if is_depthwise(layer):
-            lost_out = removed.get((name, "depthwise"), 0)
         weight: Tensor = layer.weight  # type: ignore[assignment]
-        old_in, old_out = width
-        if is_depthwise(layer):
-            old_pairs, new_pairs = old_out, old_out - lost_out
-        else:
-            old_pairs, new_pairs = old_in * old_out, (old_in - lost_in) * (old_out - lost_out)
+        (old_in, old_out), (new_in, new_out) = width, kept_width(layer, name, removed)
+        pairs = (old_out, new_out) if is_depthwise(layer) else (old_in * old_out, new_in * new_out)
         # Both weights and MACs are proportional to (inputs x outputs); the divisions leave no remainder.
-        total_params -= weight.numel() - weight.numel() * new_pairs // old_pairs
-        total_params -= lost_out if layer.bias is not None else 0
-        total_macs -= macs.get(name, 0) - macs.get(name, 0) * new_pairs // old_pairs
+        total_params -= weight.numel() - weight.numel() * pairs[1] // pairs[0]
+        total_params -= old_out - new_out if layer.bias is not None else 0
+        total_macs -= macs.get(name, 0) - macs.get(name, 0) * pairs[1] // pairs[0]
     return total_macs, total_params
+
+
+def kept_width(layer: nn.Module, name: str, removed: Mapping[tuple[str, str], int]) -> tuple[int, int]:
+    """Channels in and out of a convolution or linear layer without the removed ones; `removed` as in `kept_cost`."""
+    width = _widths(layer)
+    assert width is not None
+    if is_depthwise(layer):
+        left = width[1] - removed.get((name, "depthwise"), 0)
+        return left, left
+    return width[0] - removed.get((name, "in"), 0), width[1] - removed.get((name, "out"), 0)
+
+
+def kept_widths(module: nn.Module, removed: Mapping[tuple[str, str], int]) -> dict[str, tuple[int, int]]:
+    """`kept_width` of every convolution and linear layer."""
+    return {
+        name: kept_width(layer, name, removed)
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Conv2d | nn.Linear)
+    }
