@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from compressor.recipe import Recipe
 from compressor.recipe_rules import broken_rules
-from compressor.recipe_schema import allowed, described, keys_at, suggest, suggest_key, words
+from compressor.recipe_schema import schema_of_recipes
+from compressor.schema import Schema, suggest
 from compressor.strict_yaml import KeyPath, format_path
 
 # A hostile recipe can break a rule in every one of thousands of values; nobody reads more than a screen of faults.
@@ -19,14 +20,27 @@ MAX_ERRORS = 200
 
 def validate(data: object) -> tuple[Recipe | None, list[tuple[KeyPath, str]]]:
     """Validate plain data; return the recipe, or all that is wrong as pairs of key path and text."""
+    schema = schema_of_recipes()
     if not isinstance(data, dict):
-        return None, [((), f"found {found(data)}, allowed a mapping with keys of {', '.join(keys_at((), {}))}")]
+        return None, [((), f"found {found(data)}, allowed a mapping with keys of {', '.join(schema.keys_at((), {}))}")]
     try:
         return Recipe.model_validate(data), []
     except ValidationError as error:
-        faults = [fault for item in error.errors(include_url=False)[:MAX_ERRORS] for fault in _explain(item, data)]
+        faults = explain(error, data, schema)
     faults += broken_rules(data)
     return None, _without_echoes(dict.fromkeys(faults))
+
+
+def explain(error: ValidationError, data: dict[str, Any], schema: Schema) -> list[tuple[KeyPath, str]]:
+    """All that pydantic found wrong with plain data, as pairs of key path and text.
+
+    Args:
+        error: What it raised.
+        data: What it was given.
+        schema: What is allowed there.
+    """
+    errors = error.errors(include_url=False)[:MAX_ERRORS]
+    return [fault for item in errors for fault in _explain(item, data, schema)]
 
 
 def found(value: object) -> str:
@@ -41,7 +55,7 @@ def found(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:50]}... ({len(text)} characters)"
 
 
-def _explain(item: Any, data: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
+def _explain(item: Any, data: dict[str, Any], schema: Schema) -> Iterator[tuple[KeyPath, str]]:
     """Yield the fault behind one of pydantic's errors (https://docs.pydantic.dev/latest/errors/validation_errors/)."""
     kind, path, value = item["type"], tuple(item["loc"]), item["input"]
     if kind == "broken_rule":
@@ -56,23 +70,23 @@ def _explain(item: Any, data: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
         yield path, item["msg"]
     elif kind == "extra_forbidden":
         key, parent = str(path[-1]), path[:-1]
-        near = suggest_key(key, parent, data)
-        yield path, f"found an unknown key, allowed {', '.join(keys_at(parent, data))}{near}"
+        near = schema.suggest_key(key, parent, data)
+        yield path, f"found an unknown key, allowed {', '.join(schema.keys_at(parent, data))}{near}"
     elif kind == "missing":
-        yield path, f"found nothing, needs {allowed(described(path, data))}"
+        yield path, f"found nothing, needs {schema.allowed(schema.described(path, data))}"
     elif kind in ("union_tag_invalid", "union_tag_not_found"):
-        node = described(path, data)
-        kinds = allowed(node).removeprefix("a mapping whose type is ")
+        node = schema.described(path, data)
+        kinds = schema.allowed(node).removeprefix("a mapping whose type is ")
         if kind == "union_tag_not_found":
             yield (*path, "type"), f"found nothing, needs {kinds}"
         else:
             tag = value["type"]
-            near = suggest(tag, words(node)) if isinstance(tag, str) else ""
+            near = suggest(tag, schema.words(node)) if isinstance(tag, str) else ""
             yield (*path, "type"), f"found {found(tag)}, allowed {kinds}{near}"
     else:
-        node = described(path, data)
-        near = suggest(value, words(node)) if kind == "literal_error" and isinstance(value, str) else ""
-        yield path, f"found {found(value)}, allowed {allowed(node)}{near}"
+        node = schema.described(path, data)
+        near = suggest(value, schema.words(node)) if kind == "literal_error" and isinstance(value, str) else ""
+        yield path, f"found {found(value)}, allowed {schema.allowed(node)}{near}"
 
 
 def _within(path: KeyPath, data: object) -> KeyPath:

@@ -15,7 +15,7 @@ from compressor import strict_yaml
 from compressor.errors import RecipeError, did_you_mean
 from compressor.recipe import Recipe, custom_model
 from compressor.recipe_faults import found, validate
-from compressor.recipe_schema import json_schema, keys_at, schema_text
+from compressor.recipe_schema import json_schema, schema_of_recipes, schema_text
 from compressor.strict_yaml import KeyPath, format_path, parse_path
 
 __all__ = ["Loaded", "json_schema", "load_recipe", "recipe_hash", "resolved_yaml", "schema_text"]
@@ -134,7 +134,7 @@ def _read_chain(path: Path, sources: _Sources) -> None:
         data = document.value
         if not isinstance(data, dict):
             if not document.faults:
-                allowed = ", ".join(keys_at((), {}))
+                allowed = ", ".join(schema_of_recipes().keys_at((), {}))
                 text = f"found {found(data)}, allowed a mapping with keys of {allowed}"
                 sources.faults.append((f"{path}:1", (), text))
             sources.unreadable = True
@@ -215,7 +215,11 @@ def _override(sources: _Sources, text: str) -> None:
         here = path[: index + 1]
         if isinstance(part, int):
             if not isinstance(target, list):
-                near = did_you_mean(str(path[index - 1]), keys_at(path[: index - 1], sources.data)) if index else ""
+                near = (
+                    did_you_mean(str(path[index - 1]), schema_of_recipes().keys_at(path[: index - 1], sources.data))
+                    if index
+                    else ""
+                )
                 return refuse(f"found no list at {format_path(path[:index])} to take item {part} of{near}", path)
             if part >= len(target):
                 items = (

@@ -1,66 +1,19 @@
-"""The JSON Schema of a recipe, and what it says about a key: what is allowed there and which key was probably meant.
+"""The JSON Schema of a recipe.
 
 Invariant: error texts, the editor's completions and `schema` draw on one description, made from the recipe's types.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from pydantic.json_schema import GenerateJsonSchema
-
-from compressor.errors import did_you_mean
 from compressor.recipe import Recipe
-from compressor.strict_yaml import KeyPath
-
-# Other tools' words for what is called differently here; likeness of spelling alone would not find them.
-SYNONYMS: Mapping[str, str] = {
-    "align": "round_to",
-    "amount": "pruning_ratio",
-    "backbone": "name",
-    "bs": "batch_size",
-    "calibration_size": "subset_size",
-    "criterion": "importance",
-    "dataset": "data",
-    "decay": "weight_decay",
-    "distillation": "distill",
-    "divisor": "round_to",
-    "exclude": "ignored_scope",
-    "flops": "macs",
-    "freeze_layers": "freeze",
-    "frozen": "freeze",
-    "hflip": "flip",
-    "ignore": "ignored_scope",
-    "ignored_layers": "ignored_scope",
-    "kd": "distill",
-    "lr": "learning_rate",
-    "num_epochs": "epochs",
-    "ptq": "quantize",
-    "qat": "quantize",
-    "ratio": "pruning_ratio",
-    "scheduler": "schedule",
-    "skip": "ignored_scope",
-    "sparsity": "pruning_ratio",
-    "t": "temperature",
-    "teacher": "distill",
-    "train": "finetune",
-    "vflip": "vertical_flip",
-    "wd": "weight_decay",
-    "width_multiplier": "width",
-}
-
-
-class _Untitled(GenerateJsonSchema):
-    """Leaves out the titles that only repeat a key's name."""
-
-    def field_title_should_be_set(self, schema: Any) -> bool:
-        return False
+from compressor.schema import Schema, Untitled
 
 
 @cache
 def _schema() -> dict[str, Any]:
-    schema = Recipe.model_json_schema(schema_generator=_Untitled)
+    schema = Recipe.model_json_schema(schema_generator=Untitled)
     definitions = schema["$defs"]
     for definition in definitions.values():
         properties = definition["properties"]
@@ -79,6 +32,12 @@ def _schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "compressor recipe"}
 
 
+@cache
+def schema_of_recipes() -> Schema:
+    """What may stand where in a recipe."""
+    return Schema(_schema())
+
+
 def json_schema() -> dict[str, Any]:
     """Return the JSON Schema (2020-12) of a recipe file."""
     copy: dict[str, Any] = json.loads(json.dumps(_schema()))
@@ -88,143 +47,3 @@ def json_schema() -> dict[str, Any]:
 def schema_text() -> str:
     """Return the JSON Schema as the text of `recipes/recipe.schema.json`."""
     return json.dumps(_schema(), indent=2) + "\n"
-
-
-def described(path: KeyPath, data: object) -> dict[str, Any]:
-    """Return the schema of the value at `path`; empty where the schema knows no such key.
-
-    Args:
-        path: A key path; the last part may be missing from `data`.
-        data: The recipe as plain data, which says what type each stage has.
-    """
-    node, value = _schema(), data
-    for part in path:
-        node = _mapping_schema(node, value)
-        if isinstance(part, int):
-            items: Any = node.get("prefixItems", [])
-            node = items[part] if part < len(items) else node.get("items", {})
-            value = value[part] if isinstance(value, list) and part < len(value) else None
-        else:
-            node = node.get("properties", {}).get(part) or node.get("additionalProperties") or {}
-            value = value.get(part) if isinstance(value, dict) else None
-    return node
-
-
-def keys_at(path: KeyPath, data: object) -> dict[str, Any]:
-    """Return the keys a mapping at `path` may have, each with its schema."""
-    value = data
-    for part in path:
-        try:
-            value = value[part]  # type: ignore[index]
-        except (KeyError, IndexError, TypeError):
-            value = None
-    keys: dict[str, Any] = _mapping_schema(described(path, data), value).get("properties", {})
-    return keys
-
-
-def _resolve(node: Mapping[str, Any]) -> dict[str, Any]:
-    resolved = dict(node)
-    while "$ref" in resolved:
-        resolved |= _schema()["$defs"][resolved.pop("$ref").rsplit("/", 1)[1]]
-    return resolved
-
-
-def _mapping_schema(node: Mapping[str, Any], value: object) -> dict[str, Any]:
-    """Return the part of a schema that has keys or items, following a stage's `type`."""
-    node = _resolve(node)
-    if "discriminator" in node:
-        kind = value.get("type") if isinstance(value, dict) else None
-        reference = node["discriminator"]["mapping"].get(kind) if isinstance(kind, str) else None
-        return _resolve({"$ref": reference}) if reference else {}
-    if "properties" in node or "items" in node or "prefixItems" in node:
-        return node
-    for option in node.get("anyOf", []):
-        if found := _mapping_schema(option, value):
-            return found
-    return node if "additionalProperties" in node else {}
-
-
-def allowed(node: Mapping[str, Any]) -> str:
-    """Say in words what a schema allows."""
-    node = _resolve(node)
-    if "const" in node:
-        return str(node["const"])
-    if "enum" in node:
-        return _either([str(value) for value in node["enum"]])
-    if "anyOf" in node and "properties" not in node:
-        return _either([allowed(option) for option in node["anyOf"]])
-    if "discriminator" in node:
-        return f"a mapping whose type is {_either(words(node))}"
-    match node.get("type"):
-        case "boolean":
-            return "true or false"
-        case "integer":
-            return f"an integer{_range(node)}"
-        case "number":
-            return f"a number{_range(node)}"
-        case "string":
-            return str(node["description"]) if "pattern" in node else "text"
-        case "array":
-            return _list(node)
-        case "object" if "properties" in node:
-            return f"a mapping with keys of {', '.join(node['properties'])}"
-        case "object":
-            return f"a mapping of names to {allowed(node['additionalProperties'])}"
-        case other:
-            return str(other or "nothing else")
-
-
-def words(node: Mapping[str, Any]) -> list[str]:
-    """Return the words that a schema allows: those of an enumeration, or a stage's types."""
-    node = _resolve(node)
-    if "discriminator" in node:
-        return list(node["discriminator"]["mapping"])
-    options = [node, *node.get("anyOf", [])]
-    return [
-        str(value) for option in options for value in option.get("enum", [option["const"]] if "const" in option else [])
-    ]
-
-
-def _either(texts: Sequence[str]) -> str:
-    return f"{', '.join(texts[:-1])} or {texts[-1]}" if len(texts) > 1 else texts[0]
-
-
-def _range(node: Mapping[str, Any]) -> str:
-    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    limits = [f"{sign} {node[key]:.10g}" for key, sign in signs.items() if key in node]
-    return f" {' and '.join(limits)}" if limits else ""
-
-
-def _list(node: Mapping[str, Any]) -> str:
-    least, most = node.get("minItems", 0), node.get("maxItems")
-    item = allowed((node.get("prefixItems") or [node.get("items", {})])[0])
-    if least == most:
-        return f"a list of {least}, each {item}"
-    return f"a list{', not empty,' if least else ''} of {item}"
-
-
-def suggest(word: str, choices: Sequence[str]) -> str:
-    """Return `"; did you mean 'x'?"` for what was probably meant among `choices`, or an empty string."""
-    plain = word.strip().lower().replace("-", "_").replace(" ", "_")
-    meant = SYNONYMS.get(plain)
-    return f"; did you mean '{meant}'?" if meant in choices else did_you_mean(plain, choices)
-
-
-def suggest_key(word: str, parent: KeyPath, data: object) -> str:
-    """Return a suggestion for an unknown key: one of its mapping's keys, or of the mappings inside it."""
-    keys = keys_at(parent, data)
-    inner = dict(_inner_keys(keys))
-    if word in inner:
-        return f"; did you mean '{inner[word]}'?"
-    return suggest(word, list(keys)) or (f"; did you mean '{inner[near]}'?" if (near := _meant(word, inner)) else "")
-
-
-def _meant(word: str, choices: Mapping[str, str]) -> str:
-    text = suggest(word, list(choices))
-    return text.split("'")[1] if text else ""
-
-
-def _inner_keys(keys: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for outer, node in keys.items():
-        for key in _mapping_schema(node, None).get("properties", {}):
-            yield key, f"{outer}.{key}"

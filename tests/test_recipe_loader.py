@@ -15,7 +15,7 @@ from compressor import strict_yaml
 from compressor.errors import RecipeError
 from compressor.recipe import Bound, Recipe
 from compressor.recipe_loader import load_recipe, recipe_hash, resolved_yaml
-from compressor.recipe_schema import keys_at
+from compressor.recipe_schema import schema_of_recipes
 
 BASE = """\
 version: 1
@@ -92,7 +92,7 @@ budget:
         "did you mean 'deeppcb'?",
         "recipe.yaml:9: stages[0].epochs: found 0, allowed an integer >= 1 and <= 10000 or null",
         "recipe.yaml:10: stages[0].lr: found an unknown key, allowed "
-        + ", ".join(keys_at(("stages", 0), {"stages": [{"type": "finetune"}]}))
+        + ", ".join(schema_of_recipes().keys_at(("stages", 0), {"stages": [{"type": "finetune"}]}))
         + "; did you mean 'learning_rate'?",
         "recipe.yaml:11: stages[1].type: found 'quantise', allowed drop_blocks, finetune, prune, quantize, "
         "reduce_channels, reduce_resolution or replace_kernels; did you mean 'quantize'?",
