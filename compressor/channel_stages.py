@@ -24,6 +24,7 @@ from compressor.pruning.apply import apply_plan
 from compressor.pruning.group_lasso import scale_penalty
 from compressor.pruning.importance import NEEDS_BATCHES
 from compressor.pruning.plan import PrunePlan
+from compressor.pruning.sensitivity import damage_of, scores_by_damage
 from compressor.pruning.steps import EXACT, Predictor, fewest_kept, kept_of
 from compressor.stage_targets import (
     Bench,
@@ -36,6 +37,8 @@ from compressor.stage_targets import (
     searched_costs,
 )
 from compressor.target_search import Probe, meet_targets, refuse_out_of_reach
+
+SENSITIVITY_BN_BATCHES = 4  # of 32: enough to compare groups by
 
 
 def _apply_plan(module: nn.Module, plan: PrunePlan, context: Context, work: Work) -> None:
@@ -94,6 +97,8 @@ def prune_stage(module: nn.Module, stage: spec.Prune, context: Context, assignme
                 full=reached["full"],
                 model=model,
             )
+            if stage.sensitivity_images is not None:
+                choice = _compared_by_damage(choice, stage.sensitivity_images, context, assignment)
             reached["full"] = reached["full"] or {group.name: group.channels for group in choice.groups}
             if i == 0 and counts:  # whether the end can be reached is known before the first step
                 choice.plan(counts)
@@ -118,6 +123,31 @@ def prune_stage(module: nn.Module, stage: spec.Prune, context: Context, assignme
     if stage.target is not None:
         targets = findings(stage, aim.tried, steps[-1], counts)
         work.details |= {"targets": targets, "binding_target": binding(targets)}
+
+
+def _compared_by_damage(choice: Choice, images: int, context: Context, assignment: Assignment) -> Choice:
+    """The same choice, with scores that say what the network's answers were measured to lose."""
+    train = context.data.train
+    damage = damage_of(
+        choice.module,
+        choice.example,
+        train=train,
+        judged=train.take(calibration_indices(train, images, assignment.seed)),
+        spec=context.data.spec,
+        bn_batches=min(choice.stage.bn_batches, SENSITIVITY_BN_BATCHES),
+        seed=assignment.seed,
+        device=context.device,
+    )
+    scores = scores_by_damage(
+        choice.module,
+        choice.example,
+        choice.groups,
+        choice.scores,
+        damage,
+        round_to=choice.stage.round_to,
+        min_channels=choice.stage.min_channels,
+    )
+    return dataclasses.replace(choice, scores=scores)
 
 
 def _sparsify(

@@ -1,11 +1,11 @@
-"""A chart of an inspection as SVG: what each channel group takes, and what the network is worth without parts of it.
+"""Charts as SVG: of an inspection, what each channel group takes, and what the network is worth without parts of it.
 
 Invariant: the same figures give the same bytes. Text stays text; colours can be told apart by everyone (Okabe and Ito,
 jfly.uni-koeln.de/color) and never carry a meaning alone.
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -15,21 +15,37 @@ MARKS = {0.25: ("o", "#009E73"), 0.5: ("s", "#CC79A7"), 0.75: ("^", "#D55E00")}
 
 def inspection_svg(inspection: Mapping[str, Any]) -> str:
     """Draw what `inspect_recipe` returned: a row for each group in network order, time left, accuracy right."""
+    rows = [*inspection["groups"], {"name": "rest", "sensitivity": None, **inspection["rest"]}]
+    unpruned = inspection["unpruned"]
+    size = (7 if unpruned is None else 11, 1.8 + 0.26 * len(rows))
+
+    def draw(figure: Any) -> None:
+        panels = figure.subplots(1, 1 if unpruned is None else 2, sharey=True, squeeze=False)[0]
+        _draw_times(panels[0], rows, [name for name in PRECISIONS if name in inspection["network"]["ms"]])
+        if unpruned is not None:
+            _draw_sensitivity(panels[1], rows, unpruned["accuracy"])
+
+    return as_svg(draw, size, _title(inspection), _description(inspection, rows))
+
+
+def as_svg(draw: Callable[[Any], None], size: tuple[float, float], title: str, description: str) -> str:
+    """What a function draws on a matplotlib figure, as SVG text.
+
+    Args:
+        draw: Gets the figure.
+        size: Width and height in inches.
+        title: Shown above, and read out.
+        description: The chart in words, for whoever cannot see it.
+    """
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    rows = [*inspection["groups"], {"name": "rest", "sensitivity": None, **inspection["rest"]}]
-    unpruned = inspection["unpruned"]
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "compressor", "font.size": 9}):
-        figure = Figure(figsize=(7 if unpruned is None else 11, 1.8 + 0.26 * len(rows)), layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
-        panels = figure.subplots(1, 1 if unpruned is None else 2, sharey=True, squeeze=False)[0]
-        title, description = _title(inspection), _description(inspection, rows)
         figure.suptitle(title, fontsize=11)
-        _draw_times(panels[0], rows, [name for name in PRECISIONS if name in inspection["network"]["ms"]])
-        if unpruned is not None:
-            _draw_sensitivity(panels[1], rows, unpruned["accuracy"])
+        draw(figure)
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
     # matplotlib (3.11) can put both into metadata only, which nothing reads out.

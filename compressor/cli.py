@@ -32,6 +32,8 @@ TAKE_A_VALUE = (
     "--factory",
     "--run",
     "--chart",
+    "--scale",
+    "--jobs",
 )  # what follows is no command
 SCARCE = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.EROFS)
 EXIT_CODES = (

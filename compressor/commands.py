@@ -17,6 +17,10 @@ EXIT_MISSED = 3
 
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML recipe")
+    _set_argument(parser)
+
+
+def _set_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set",
         dest="overrides",
@@ -55,6 +59,10 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="continue an unfinished run from its last finished stage")
     parser.add_argument("--force", action="store_true", help="replace an existing run")
+    _device_argument(parser)
+
+
+def _device_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda"),
@@ -161,12 +169,66 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0
 
 
-def _no_arguments(parser: argparse.ArgumentParser) -> None:
-    pass
+def _study_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", type=Path, metavar="STUDY", help="a YAML study, like those in recipes/studies/")
+    parser.add_argument("--scale", help="one of the study's scales (default: its first)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for runs, figures and chart; what is finished there is kept (default: runs/STUDY-SCALE)",
+    )
+    _set_argument(parser)
+    parser.add_argument("--jobs", type=at_least_one, default=1, help="runs at once (default 1)")
+    parser.add_argument("--list", action="store_true", help="check the study and list its runs; run nothing")
+    parser.add_argument("--force", action="store_true", help="run again what was finished for other recipes")
+    _device_argument(parser)
+
+
+def _study(args: argparse.Namespace) -> int:
+    from compressor.study_spec import load_study
+
+    loaded = load_study(args.study, scale=args.scale, overrides=args.overrides)
+    from compressor import console
+
+    if args.list:
+        runs = [
+            {"row": run.row, "seed": run.seed, "recipe": str(run.path), "changes": run.overrides} for run in loaded.runs
+        ]
+        if args.json:
+            print(json.dumps({"scale": loaded.scale, "runs": runs}))
+        else:
+            console.show_planned(loaded)
+        return 0
+    out = args.out or Path("runs") / "-".join(filter(None, [args.study.stem, loaded.scale]))
+    with console.logging_to_stderr(quiet=args.quiet, verbose=args.verbose):
+        from compressor.study import run_study
+
+        study = run_study(
+            args.study,
+            out,
+            scale=args.scale,
+            overrides=args.overrides,
+            jobs=args.jobs,
+            device=args.device,
+            force=args.force,
+        )
+    if args.json:
+        print(json.dumps(study))
+    else:
+        console.show_study(study, out)
+    return EXIT_MISSED if study["missing"] else 0
+
+
+def _schema_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--study", action="store_true", help="of studies instead")
 
 
 def _schema(args: argparse.Namespace) -> int:
-    from compressor.recipe_schema import schema_text
+    if args.study:
+        from compressor.study_spec import schema_text
+    else:
+        from compressor.recipe_schema import schema_text
 
     sys.stdout.write(schema_text())
     return 0
@@ -269,7 +331,8 @@ COMMANDS: dict[str, Command] = {
         _inspect_arguments,
         "show what each channel group of a recipe's network costs and is worth, and suggest a recipe",
     ),
-    "schema": (_schema, _no_arguments, "print the JSON Schema of recipes"),
+    "study": (_study, _study_arguments, "run recipes side by side, with several seeds, and compare them"),
+    "schema": (_schema, _schema_arguments, "print the JSON Schema of recipes"),
     "verify": (_verify, _run_folder_argument, "check every file of a run against its manifest"),
     "eval": (_eval, _eval_arguments, "score an IR on a folder of images"),
     "bench": (_bench, _bench_arguments, "time a run's baseline and result, or one IR, on this machine"),

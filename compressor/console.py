@@ -19,6 +19,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from compressor.report import Report
+    from compressor.study_spec import LoadedStudy
 
 
 class LiveHandler(logging.Handler):
@@ -230,3 +231,65 @@ def _costs(row: dict[str, Any]) -> list[str]:
 
 def _accuracy(figure: dict[str, Any]) -> str:
     return "whole" if figure["accuracy"] is None else f"{figure['accuracy']:.3f}"
+
+
+STUDY_COLUMNS = {
+    "accuracy": ("test acc.\n%", 100.0, "{:.1f}"),
+    "throughput_fps": ("images/s\n", 1.0, "{:.0f}"),
+    "latency_ms": ("latency\nms", 1.0, "{:.2f}"),
+    "training_avg_memory_bytes": ("training\navg MB", 1e-6, "{:.0f}"),
+    "training_peak_memory_bytes": ("training\npeak MB", 1e-6, "{:.0f}"),
+    "epoch_s": ("epoch\ns", 1.0, "{:.1f}"),
+    "params": ("params\nM", 1e-6, "{:.2f}"),
+    "macs": ("MACs\nM", 1e-6, "{:.0f}"),
+    "size_bytes": ("IR\nMB", 1e-6, "{:.1f}"),
+}
+
+
+def show_planned(loaded: "LoadedStudy") -> None:
+    """The rows of a study and the seeds that each is run with."""
+    console = Console()
+    table = Table("row", "recipe", "seeds")
+    for name in dict.fromkeys(run.row for run in loaded.runs):
+        runs = [run for run in loaded.runs if run.row == name]
+        table.add_row(Text(name), Text(str(runs[0].path)), ", ".join(str(run.seed) for run in runs))
+    console.print(table)
+    console.print(f"{loaded.path}: valid, {len(loaded.runs)} runs, scale {loaded.scale or 'none'}", markup=False)
+
+
+def show_study(study: dict[str, Any], out: Path) -> None:
+    """Rows with their means and deviations, who dominates whom, what failed."""
+    console = Console()
+    table = Table(title=study["title"], box=None, pad_edge=False)
+    table.add_column("row", overflow="fold")
+    table.add_column("seeds\n", justify="right")
+    for heading, _, _ in STUDY_COLUMNS.values():
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in study["rows"]:
+        cells = [_mean(row["figures"].get(name), unit, form) for name, (_, unit, form) in STUDY_COLUMNS.items()]
+        mark = "* " if row["name"] in study["pareto_set"] else "  "
+        table.add_row(Text(mark + row["name"]), str(len(row["runs"])), *cells)
+    console.print(table)
+    lines = [f"* Pareto set; hypervolume {study['hypervolume']:.3f}"] if study["hypervolume"] is not None else []
+    lines += [f"{name}: dominated by {', '.join(by)}" for name, by in study["dominated_by"].items() if by]
+    for published in study["published"]:
+        figures = ", ".join(f"{name} {value:g}" for name, value in published["figures"].items())
+        lines.append(f"published, not measured here: {published['name']}: {figures} ({published['source']})")
+    lines += [f"note: {note}" for note in study["notes"]]
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
+    for failure in study["failures"]:
+        text = f"failed: {failure['row']}, seed {failure['seed']}: {failure['message']}"
+        console.print(text, style="red", markup=False, highlight=False)
+    if study["missing"]:
+        console.print(f"{len(study['missing'])} runs have no figures; the same command runs them", markup=False)
+    for name in ("study.json", "study.csv", "pareto.svg"):
+        console.print(f"  {out / name}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _mean(figure: dict[str, Any] | None, unit: float, form: str) -> str:
+    """A mean with its deviation over seeds, or nothing where nobody measured."""
+    if figure is None:
+        return ""
+    spread = "" if figure["deviation"] is None else f" ±{form.format(figure['deviation'] * unit)}"
+    return form.format(figure["mean"] * unit) + spread

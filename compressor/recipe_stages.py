@@ -135,11 +135,22 @@ class Prune(BaseModel):
         le=10_000,
         description="Training batches of 32 that taylor, hessian and activation average over.",
     )
+    sensitivity_images: int | None = Field(
+        default=None,
+        ge=1,
+        le=1_000_000,
+        description="Training images on which it is measured how the network's answers change without a quarter and "
+        "without half of each group (arXiv 1804.03230): groups then compete by that, and scores only order a group's "
+        "channels; null = scores are compared over the whole network. For ranking global and latency.",
+    )
     bn_batches: int = _bn_batches()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         faults = []
+        if self.sensitivity_images is not None and self.ranking == "local":
+            text = f"found {self.sensitivity_images} beside ranking local, under which groups do not compete"
+            faults.append(("sensitivity_images", text))
         if self.pruning_ratio is None and self.target is None:
             faults.append(("pruning_ratio", "found neither `pruning_ratio` nor `target`, needs one of them"))
         if self.pruning_ratio is not None and self.target is not None:

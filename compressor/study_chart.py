@@ -1,0 +1,105 @@
+"""The chart of a study: accuracy, or whatever is to be large, against each figure that is to be small.
+
+Invariant: measured rows and published figures never look alike.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from compressor.chart import as_svg
+
+UNITS = {
+    "accuracy": ("test accuracy, %", 100.0),
+    "throughput_fps": ("images a second", 1.0),
+    "latency_ms": ("latency of the IR, ms", 1.0),
+    "latency_p95_ms": ("95th percentile of latency, ms", 1.0),
+    "torch_latency_ms": ("latency in PyTorch, ms", 1.0),
+    "params": ("parameters, million", 1e-6),
+    "macs": ("multiply-accumulates, million", 1e-6),
+    "size_bytes": ("size of the IR, MB", 1e-6),
+    "training_avg_memory_bytes": ("average memory while training, MB", 1e-6),
+    "training_peak_memory_bytes": ("peak memory while training, MB", 1e-6),
+    "epoch_s": ("an epoch of training, s", 1.0),
+    "best_epoch_s": ("training until the best epoch, s", 1.0),
+    "train_time_s": ("training, s", 1.0),
+}
+ON_FRONT, DOMINATED, PUBLISHED = "#0072B2", "#999999", "#D55E00"
+
+
+def study_svg(study: Mapping[str, Any]) -> str:
+    """Draw what `study.run_study` returned: a panel for each figure to be small, all with the same vertical axis."""
+    objectives = study["objectives"]
+    upward = objectives["maximize"][0] if objectives["maximize"] else objectives["minimize"][-1]
+    across = [name for name in (*objectives["minimize"], *objectives["maximize"]) if name != upward]
+
+    def draw(figure: Any) -> None:
+        panels = figure.subplots(1, len(across), sharey=True, squeeze=False)[0]
+        for panel, name in zip(panels, across, strict=True):
+            _draw(panel, study, name, upward)
+        panels[0].set_ylabel(UNITS[upward][0])
+        panels[0].legend(*_legend(panels), loc="best", fontsize=8)
+
+    size = (1.0 + 5.5 * len(across), 5.0)
+    return as_svg(draw, size, study["title"], _description(study, upward, across))
+
+
+def _draw(panel: Any, study: Mapping[str, Any], name: str, upward: str) -> None:
+    label, unit = UNITS[name]
+    rise = UNITS[upward][1]
+    for row in study["rows"]:
+        figures = row["figures"]
+        if name not in figures or upward not in figures:
+            continue
+        front = row["name"] in study["pareto_set"]
+        x, y = figures[name], figures[upward]
+        panel.errorbar(
+            x["mean"] * unit,
+            y["mean"] * rise,
+            xerr=[[(x["mean"] - x["low"]) * unit], [(x["high"] - x["mean"]) * unit]],
+            yerr=[[(y["mean"] - y["low"]) * rise], [(y["high"] - y["mean"]) * rise]],
+            marker="o" if front else "x",
+            color=ON_FRONT if front else DOMINATED,
+            linestyle="none",
+            elinewidth=0.8,
+            label="Pareto set" if front else "dominated",
+        )
+        panel.annotate(
+            row["name"], (x["mean"] * unit, y["mean"] * rise), xytext=(5, 4), textcoords="offset points", fontsize=8
+        )
+    for published in study["published"]:
+        figures = published["figures"]
+        if name in figures and upward in figures:
+            at = figures[name] * unit, figures[upward] * rise
+            panel.scatter(
+                *at, marker="D", facecolors="none", edgecolors=PUBLISHED, label="published, not measured here"
+            )
+            panel.annotate(
+                published["name"], at, xytext=(5, -10), textcoords="offset points", fontsize=8, style="italic"
+            )
+    panel.set_xlabel(label)
+    panel.grid(alpha=0.3)
+
+
+def _legend(panels: Sequence[Any]) -> tuple[list[Any], list[str]]:
+    """Each kind of mark once, wherever it is."""
+    found: dict[str, Any] = {}
+    for panel in panels:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    return list(found.values()), list(found)
+
+
+def _description(study: Mapping[str, Any], upward: str, across: Sequence[str]) -> str:
+    """The chart in words."""
+    text = f"{UNITS[upward][0]} against {' and '.join(UNITS[name][0] for name in across)}. "
+    told = []
+    for row in study["rows"]:
+        values = [
+            f"{UNITS[name][0]} {row['figures'][name]['mean'] * UNITS[name][1]:.4g}"
+            for name in (upward, *across)
+            if name in row["figures"]
+        ]
+        if values:
+            front = ", in the Pareto set" if row["name"] in study["pareto_set"] else ""
+            told.append(f"{row['name']}{front}: {', '.join(values)}")
+    return text + "; ".join(told) + "."
