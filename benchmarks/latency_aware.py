@@ -3,7 +3,7 @@
     python benchmarks/latency_aware.py RECIPE OUTPUT.json --target 0.5x [--seeds 1 2 3] [--epochs 4] [--set KEY=VALUE]
 
 Takes a recipe's data, network and leading finetune, and then prunes to the target twice: `ranking: latency`, which
-takes the channels that cost most for what they matter, and `ranking: local`, which takes the same share of every
+takes the channels that cost most for what they were measured to matter, and `ranking: local`, which takes the same share of every
 group, as much as the target asks for. Both networks get the same finetune. Each is an ordinary run that ends in a
 published float IR; the baseline is trained once for each seed.
 
@@ -40,6 +40,8 @@ def variant(recipe: Recipe, ranking: str, seed: int, args: argparse.Namespace) -
         "target": {"latency_ms": args.target},
         "round_to": 8,
     }
+    if ranking == "latency":
+        prune["sensitivity_images"] = args.sensitivity_images
     recovery = {"type": "finetune", "epochs": args.epochs, "learning_rate": args.learning_rate}
     recovery["augment"] = lead[-1].get("augment", {})
     return {**tree, "seed": seed, "stages": [*lead, prune, recovery], "budget": {}}
@@ -71,6 +73,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--target", default="0.5x")
     parser.add_argument("--importance", default="taylor")
+    parser.add_argument("--sensitivity-images", type=int, default=128)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
@@ -96,6 +99,7 @@ def main() -> None:
         for ranking in RANKINGS
     }
     setting = {"recipe": args.recipe.name, "target": args.target, "epochs": args.epochs, "importance": args.importance}
+    setting["sensitivity_images"] = args.sensitivity_images
     keep(args.output, {**setting, "learning_rate": args.learning_rate, "means": means, "rows": rows})
 
 
