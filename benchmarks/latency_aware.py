@@ -3,9 +3,9 @@
     python benchmarks/latency_aware.py RECIPE OUTPUT.json --target 0.5x [--seeds 1 2 3] [--epochs 4] [--set KEY=VALUE]
 
 Takes a recipe's data, network and leading finetune, and then prunes to the target twice: `ranking: latency`, which
-takes the channels that cost most for what they were measured to matter, and `ranking: local`, which takes the same share of every
-group, as much as the target asks for. Both networks get the same finetune. Each is an ordinary run that ends in a
-published float IR; the baseline is trained once for each seed.
+takes the channels that cost most for what they were measured to matter, and `ranking: local`, which takes the same
+share of every group, as much as the target asks for. Both networks get the same finetune. Each is an ordinary run that
+ends in a published float IR; the baseline is trained once for each seed.
 
 Invariant: both plans aim at one latency, measured on the exported network in turns with the baseline, and both figures
 are kept: what the comparison rests on can be checked.

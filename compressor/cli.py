@@ -99,7 +99,9 @@ def fail(args: argparse.Namespace, message: str, code: int) -> int:
 
 
 def interrupted_message(args: argparse.Namespace) -> str:
-    """How to go on after Ctrl-C; a run's finished stages are kept."""
+    """How to go on after Ctrl-C; a run's finished stages are kept, and a study's runs."""
+    if hasattr(args, "scale"):
+        return "interrupted; what is finished is kept, the same command goes on"
     run = getattr(args, "run_dir", None)
     if run is None or not run.with_name(run.name + ".partial").is_dir():
         return "interrupted"

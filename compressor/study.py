@@ -184,6 +184,10 @@ def study_json(
         notes.append(f"{jobs} runs at once: times of training were measured beside each other")
     if in_turns is None:
         notes.append("latency_ms: as each run measured it, at another time than the others")
+    for run in finished:
+        if not run.report.passed:
+            reasons = "; ".join(run.report.verdict["reasons"])
+            notes.append(f"{run.planned.row}, seed {run.planned.seed}: missed {reasons}")
     rows: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(planned.row for planned in loaded.runs):
         runs = [run for run in finished if run.planned.row == name]
