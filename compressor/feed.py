@@ -57,12 +57,14 @@ class Batch:
     Attributes:
         images: The images themselves, or those at some places of the batch; for a teacher.
         rows: A number for each image in its orientation, below `Feed.rows`; None where there are too many to number.
+        blend: See `Draw.blend`; the labels are each image's own.
     """
 
     inputs: Tensor
     labels: Tensor
     images: Callable[[NDArray[np.int64] | None], Tensor]
     rows: NDArray[np.int64] | None
+    blend: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def open_feed(
         for chosen, draw in draws(len(train.labels), size=size, generator=generator, augment=augment):
             x = images(chosen, draw)
             seen = partial(_places, x.detach()) if shown is None else partial(_some, views, chosen, draw)
-            yield Batch(x, labels_of(train, chosen, device), seen, numbered(chosen, draw))
+            yield Batch(x, labels_of(train, chosen, device), seen, numbered(chosen, draw), draw.blend)
 
     if not frozen.layers:
         return Feed(module, live, train_rows)
@@ -145,7 +147,7 @@ def open_feed(
         return Feed(module, live, train_rows, summary=lambda: summary)
     try:
         if kinds is None:
-            raise UnsupportedModelError("augment.shift and augment.crop hardly ever show the same image twice")
+            raise UnsupportedModelError("augment.shift, crop and mixup hardly ever show the same image twice")
         rows = train_rows + len(val.labels)
         graph, cuts = find_cuts(module, to_input(train.images[:2], spec, device), frozen.layers, dtype, device)
         cut = _affordable(cuts, rows, frozen, summary["notes"])

@@ -51,6 +51,13 @@ class Augment(BaseModel):
         description="Cut out a random rectangle, each side at least this share of the image's, and stretch it back to "
         "the input size; 1 = off.",
     )
+    mixup: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of the images that are blended with another one, labels likewise (arXiv 1710.09412); long "
+        "distillation on few images gains from it (2106.05237); 0 = off.",
+    )
 
 
 class Distill(BaseModel):

@@ -82,11 +82,20 @@ def loss_of(
     label_smoothing: float,
     teacher_outputs: Tensor | None,
     distill: Distillation | None,
+    blend: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Cross-entropy, blended with distillation: `(1 - weight) * CE + weight * T^2 * KL(teacher || student)`."""
+    """Cross-entropy, blended with distillation: `(1 - weight) * CE + weight * T^2 * KL(teacher || student)`.
+
+    With `blend` (see `Draw.blend`) the labels of blended images count by their shares; the teacher has seen the blend.
+    """
     loss = torch.zeros((), device=outputs.device)
     if distill is None or distill.weight < 1:
-        loss = F.cross_entropy(outputs, labels, label_smoothing=label_smoothing)
+        reduction = "mean" if blend is None else "none"
+        loss = F.cross_entropy(outputs, labels, label_smoothing=label_smoothing, reduction=reduction)
+        if blend is not None:
+            partners, shares = blend[0].to(labels.device), blend[1].to(outputs)
+            other = F.cross_entropy(outputs, labels[partners], label_smoothing=label_smoothing, reduction="none")
+            loss = torch.lerp(other, loss, shares).mean()
     if distill is None or teacher_outputs is None:
         return loss
     t = distill.temperature
@@ -243,7 +252,7 @@ def finetune(
                     group["lr"] = learning_rate * factor(result.steps / total)
                 with arithmetic(dtype, device):
                     outputs = logits_of(feed.trained(batch.inputs))
-                loss = loss_of(outputs.float(), batch.labels, label_smoothing, targets, distill)
+                loss = loss_of(outputs.float(), batch.labels, label_smoothing, targets, distill, batch.blend)
                 losses.append(float(loss.detach()))
                 if not math.isfinite(losses[-1]):
                     restore(module, good, strict=True)

@@ -1,5 +1,7 @@
 """Normalisation equals the IR's; augmentation equals plain torch, one image at a time."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -175,3 +177,27 @@ def test_input_is_left_alone_and_bytes_work() -> None:
 def test_rotation_needs_square_images() -> None:
     with pytest.raises(ValueError, match="square images; 4 x 6 found"):
         changed(Augment(rotate90=True), torch.zeros(1, 3, 4, 6), torch.Generator())
+
+
+def test_mixup_blends_pairs_of_moved_images_by_their_shares() -> None:
+    x, augment = batch(64), Augment(flip=True, mixup=0.75)
+    draw = augment.draw(64, torch.Generator().manual_seed(3))
+    assert draw.blend is not None
+    partners, shares = draw.blend
+    assert sorted(partners.tolist()) == list(range(64))
+    assert 0.6 < float((shares < 1).float().mean()) < 0.9
+    moved = Augment(flip=True).apply(x, dataclasses.replace(draw, blend=None))
+    own = shares[:, None, None, None]
+    torch.testing.assert_close(augment.apply(x, draw), own * moved + (1 - own) * moved[partners])
+    assert augment.orientations() is None
+    assert Augment(flip=True).draw(64, torch.Generator().manual_seed(3)).blend is None
+
+
+def test_mixup_draws_after_all_else_so_that_the_rest_stays_the_same() -> None:
+    settings = {"flip": True, "shift": 2, "crop": 0.5}
+    with_it, without = (
+        Augment(**settings, mixup=mixup).draw(8, torch.Generator().manual_seed(5)) for mixup in (0.5, 0.0)
+    )
+    assert torch.equal(with_it.orientations, without.orientations)
+    assert torch.equal(with_it.shifts, without.shifts)
+    assert all(torch.equal(a, b) for a, b in zip(with_it.windows, without.windows, strict=True))

@@ -210,7 +210,7 @@ def test_changes_without_end_are_not_cached_and_said(augment: Augment, tmp_path:
     run(live, None, augment=augment)
     result = run(asked, tmp_path, augment=augment)
     assert result.frozen["cut"] is None
-    assert "augment.shift and augment.crop" in result.frozen["notes"][0]
+    assert "augment.shift, crop and mixup" in result.frozen["notes"][0]
     assert same(live, asked)
 
 

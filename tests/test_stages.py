@@ -279,7 +279,7 @@ def test_a_recovery_with_frozen_layers_says_what_is_not_cached(run: Run) -> None
     recovery = {**RECOVERY, "freeze": ["block[1-3]", "conv1", "bn1"], "augment": {"crop": 0.8}}
     outcome = run(type="drop_blocks", count=1, metric_images=8, bn_batches=0, recovery=recovery)
     assert outcome.details["recovery"][0]["frozen"]["cut"] is None
-    assert any("augment.shift and augment.crop" in note for note in outcome.notes)
+    assert any("augment.shift, crop and mixup" in note for note in outcome.notes)
 
 
 def test_a_quantized_network_trains_whole_behind_frozen_layers(run: Run, network: Network, context: Context) -> None:

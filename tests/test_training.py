@@ -216,3 +216,23 @@ def test_teacher_shares_nothing_and_cannot_learn() -> None:
         module[0].weight.zero_()
     assert float(teacher[0].weight.abs().sum()) > 0
     assert not any(p.requires_grad for p in teacher.parameters())
+
+
+@given(seed=st.integers(0, 1000), smoothing=st.sampled_from([0.0, 0.1]))
+def test_blended_labels_count_by_their_shares(seed: int, smoothing: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    outputs = torch.randn(6, 4, generator=generator)
+    labels = torch.randint(0, 4, (6,), generator=generator)
+    partners, shares = torch.randperm(6, generator=generator), torch.rand(6, generator=generator)
+    soft = shares[:, None] * F.one_hot(labels, 4) + (1 - shares)[:, None] * F.one_hot(labels[partners], 4)
+    by_hand = F.cross_entropy(outputs, soft, label_smoothing=smoothing)
+    got = loss_of(outputs, labels, smoothing, None, None, (partners, shares))
+    assert float(got) == pytest.approx(float(by_hand), rel=1e-4)
+    alone = loss_of(outputs, labels, smoothing, None, None, (partners, torch.ones(6)))
+    assert float(alone) == pytest.approx(float(loss_of(outputs, labels, smoothing, None, None)), rel=1e-5)
+
+
+def test_blending_is_learnt_from() -> None:
+    module = network()
+    result = run(module, epochs=8, learning_rate=2e-2, augment=Augment(flip=False, mixup=0.5))
+    assert result.val_accuracy >= 0.9

@@ -50,14 +50,17 @@ class Draw:
             columns afterwards. A quarter turn is a swap and a mirroring, so these eight are all there are.
         shifts: int64 (N, 2), pixels down and right; None = none.
         windows: Sides and centre of each image's rectangle, float32 (N, 2) each, width and height; None = the whole.
+        blend: Which image of the batch each is blended with, int64 (N,), and its own share, float32 (N,); None = none.
     """
 
     orientations: Tensor
     shifts: Tensor | None = None
     windows: tuple[Tensor, Tensor] | None = None
+    blend: tuple[Tensor, Tensor] | None = None
 
     def at(self, places: NDArray[np.int64]) -> "Draw":
-        """What was drawn for some of the images."""
+        """What was drawn for some of the images, none of which is blended with another."""
+        assert self.blend is None, "blended images cannot be numbered, so nobody asks for some of them"
         some = torch.from_numpy(places)
         shifts = None if self.shifts is None else self.shifts[some]
         windows = None if self.windows is None else (self.windows[0][some], self.windows[1][some])
@@ -67,7 +70,8 @@ class Draw:
         """The same for images of another size: what counts in pixels is multiplied, to whole ones."""
         if self.shifts is None:
             return self
-        return Draw(self.orientations, (self.shifts * torch.tensor([rows, columns])).round().long(), self.windows)
+        shifts = (self.shifts * torch.tensor([rows, columns])).round().long()
+        return Draw(self.orientations, shifts, self.windows, self.blend)
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,8 @@ class Augment:
         rotate90: Turn by 0, 90, 180 or 270 degrees, each for a quarter of the images; needs square images.
         crop: Cut out a rectangle at a random place, each side this share of the image's or more, and stretch it back
             bilinearly (after "random resized crop", arXiv 1409.4842); 1 = off.
+        mixup: Share of the images that are blended with another one of the batch, and their labels with its, in
+            proportions that are uniform in 0..1 (arXiv 1710.09412); 0 = off.
     """
 
     flip: bool = True
@@ -88,20 +94,25 @@ class Augment:
     shift: int = 0
     rotate90: bool = False
     crop: float = 1.0
+    mixup: float = 0.0
 
     def draw(self, n: int, generator: torch.Generator) -> Draw:
         """Decide what happens to `n` images; the generator is on the CPU and alone decides, on every device."""
         turns = torch.randint(4, (n,), generator=generator) if self.rotate90 else torch.zeros(n, dtype=torch.int64)
         mirror_rows = _coins(n, self.vertical_flip, generator)
         mirror_columns = _coins(n, self.flip, generator)
-        shifts = windows = None
+        shifts = windows = blend = None
         if self.shift:
             down, right = (torch.randint(-self.shift, self.shift + 1, (n, 1), generator=generator) for _ in range(2))
             shifts = torch.cat([down, right], dim=1)
         if self.crop < 1:
             sides = self.crop + (1 - self.crop) * torch.rand(n, 2, generator=generator)
             windows = sides, (2 * torch.rand(n, 2, generator=generator) - 1) * (1 - sides)  # centres, in -1..1
-        return Draw(_orientation(turns, mirror_rows, mirror_columns), shifts, windows)
+        if self.mixup:
+            own = torch.rand(n, generator=generator)
+            alone = torch.rand(n, generator=generator) >= self.mixup
+            blend = torch.randperm(n, generator=generator), own.masked_fill(alone, 1.0)
+        return Draw(_orientation(turns, mirror_rows, mirror_columns), shifts, windows, blend)
 
     def apply(self, x: Tensor, draw: Draw) -> Tensor:
         """Return images changed as was drawn; the input is left alone, or returned when nothing is changed.
@@ -120,11 +131,13 @@ class Augment:
             raise ValueError(f"augment.rotate90 needs square images; {x.shape[2]} x {x.shape[3]} found")
         if draw.shifts is not None or bool(draw.orientations.any()):
             x = _move(x, draw)
-        return x if draw.windows is None else _crop(x, *draw.windows)
+        if draw.windows is not None:
+            x = _crop(x, *draw.windows)
+        return x if draw.blend is None else _blended(x, *draw.blend)
 
     def orientations(self) -> tuple[int, ...] | None:
         """All that `Draw.orientations` can be, where nothing else is drawn; None = the changes cannot be numbered."""
-        if self.shift or self.crop < 1:
+        if self.shift or self.crop < 1 or self.mixup:
             return None
         turns = torch.arange(4 if self.rotate90 else 1)[:, None, None]
         mirror_rows = torch.arange(2 if self.vertical_flip else 1).bool()[:, None]
@@ -191,6 +204,12 @@ def _crop(x: Tensor, sides: Tensor, places: Tensor) -> Tensor:
     grid = F.affine_grid(affine.to(x), list(x.shape), align_corners=False)
     cropped = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
     return cropped.contiguous(memory_format=torch.channels_last)
+
+
+def _blended(x: Tensor, partners: Tensor, shares: Tensor) -> Tensor:
+    """Every image with its share of itself and the rest of its partner; (N, C, H, W) as it came."""
+    own = shares.to(x)[:, None, None, None]
+    return torch.lerp(x[partners.to(x.device)], x, own).contiguous(memory_format=torch.channels_last)
 
 
 def _coins(n: int, wanted: bool, generator: torch.Generator) -> Tensor:
