@@ -22,7 +22,8 @@ from torch import nn
 
 from compressor.inference import arithmetic, choose_precision
 from compressor.models.xception import Xception
-from compressor.training import loss_of, make_optimizer
+from compressor.optimizers import make_optimizer
+from compressor.training import loss_of
 
 
 def make_step(

@@ -25,8 +25,9 @@ from compressor.folding import fold_batchnorm
 from compressor.inference import arithmetic, choose_precision
 from compressor.memory import measure_memory
 from compressor.models.xception import Xception
+from compressor.optimizers import make_optimizer
 from compressor.quantization import quantize
-from compressor.training import loss_of, make_optimizer
+from compressor.training import loss_of
 
 VARIANTS = ("float32", "bfloat16", "stock_qat", "qat")
 

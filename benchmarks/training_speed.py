@@ -38,8 +38,9 @@ from compressor.inference import arithmetic, choose_precision, frozen_copy
 from compressor.metrics import wilson_interval
 from compressor.models.weights import load_weights
 from compressor.models.xception import Xception
+from compressor.optimizers import make_optimizer
 from compressor.preprocess import InputSpec
-from compressor.training import finetune, make_optimizer, schedule_factor
+from compressor.training import finetune, schedule_factor
 
 RATE, DECAY, WARMUP = 1e-3, 0.02, 0.25
 

@@ -132,7 +132,10 @@ def loop_options(options: Training, precision: str) -> dict[str, Any]:
 
     `precision` is what `auto` means, see `Context`.
     """
-    values = options.model_dump(exclude={"type", "strength", "augment", "distill", "freeze", "freeze_cache_gb"})
+    values = options.model_dump(
+        exclude={"type", "strength", "augment", "distill", "freeze", "freeze_cache_gb", "memory"}
+    )
+    values |= options.memory.model_dump()
     if options.precision == "auto":
         values["precision"] = precision
     return values | {"augment": Augment(**options.augment.model_dump())}

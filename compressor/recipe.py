@@ -27,7 +27,7 @@ from compressor.recipe_stages import (
     Target,
     both_sides,
 )
-from compressor.recipe_training import Augment, Distill, Sparsify, Training, refuse
+from compressor.recipe_training import Augment, Distill, Memory, Sparsify, Training, refuse
 
 __all__ = [
     "Augment",
@@ -40,6 +40,7 @@ __all__ = [
     "ExportSection",
     "Finetune",
     "InputSection",
+    "Memory",
     "ModelSection",
     "Prune",
     "Quantize",

@@ -22,6 +22,7 @@ def broken_rules(data: object) -> Iterator[tuple[KeyPath, str]]:
     listed = root.get("stages")
     stages = [_mapping(stage) for stage in listed] if isinstance(listed, list) else []
     yield from _order(stages)
+    yield from _computed_twice(stages)
     yield from _teacher(root, stages)
     yield from _geometry(root, stages)
     yield from _measurable(root, stages)
@@ -56,6 +57,15 @@ def _order(stages: list[Mapping[str, Any]]) -> Iterator[tuple[KeyPath, str]]:
             yield ("stages", index, "type"), text
         elif kind == "quantize":
             quantized = index
+
+
+def _computed_twice(stages: list[Mapping[str, Any]]) -> Iterator[tuple[KeyPath, str]]:
+    """A quantized network's hooks are not called again with its blocks."""
+    first = next((i for i, stage in enumerate(stages) if stage.get("type") == "quantize"), len(stages))
+    for index, path, training in _trainings(stages):
+        if index > first and _mapping(training.get("memory")).get("checkpointing") is True:
+            text = f"found true after the quantize of stages[{first}], whose quantizers cannot be computed twice"
+            yield (*path, "memory", "checkpointing"), f"{text}; allowed there: false, and a smaller micro_batch"
 
 
 def _teacher(root: Mapping[str, Any], stages: list[Mapping[str, Any]]) -> Iterator[tuple[KeyPath, str]]:

@@ -71,6 +71,25 @@ class Distill(BaseModel):
     )
 
 
+class Memory(BaseModel):
+    """What a training does with less memory, at the price of time; `freeze`, `precision` and `optimizer` tell too."""
+
+    model_config = STRICT
+
+    checkpointing: bool = Field(
+        default=False,
+        description="Blocks remember their input only and are computed again in the backward pass (arXiv 1604.06174): "
+        "same weights up to rounding, about a third more time.",
+    )
+    micro_batch: int | None = Field(
+        default=None,
+        ge=1,
+        le=65_536,
+        description="Images that pass at once; gradients add up to a step of batch_size. BatchNorm normalises over "
+        "these; null = batch_size.",
+    )
+
+
 class Training(BaseModel):
     """The options of one training loop, for `finetune` and for the `recovery` inside other stages."""
 
@@ -86,7 +105,11 @@ class Training(BaseModel):
     learning_rate: float = Field(
         default=5e-4, gt=0, le=10, description="Peak learning rate; the default suits adamw, sgd must name its own."
     )
-    optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="AdamW, or SGD with momentum.")
+    optimizer: Literal["adamw", "sgd", "adafactor"] = Field(
+        default="adamw",
+        description="AdamW; SGD with momentum, whose state is half as large; or Adafactor (arXiv 1804.04235), whose "
+        "state is rows and columns in place of the weights' shape.",
+    )
     schedule: Literal["one_cycle", "cosine"] = Field(
         default="one_cycle", description="How the learning rate moves: up and down in one cycle, or a cosine decay."
     )
@@ -115,6 +138,7 @@ class Training(BaseModel):
         description="Disk space, in 10^9 bytes, for what frozen first layers give: computed once for an image and each "
         "flip or turn of it, unless it is shifted or cropped; 0 = computed anew every time.",
     )
+    memory: Memory = Field(default=Memory(), description="Less memory while training.")
     augment: Augment = Field(default=Augment(), description="Random changes to training images.")
     distill: Distill | None = Field(
         default=None, description="Learn from the baseline's outputs too; null = from the labels alone."
@@ -129,6 +153,9 @@ class Training(BaseModel):
             faults.append(("steps", f"found {self.steps} beside epochs {self.epochs}, needs only one of them"))
         if self.optimizer == "sgd" and "learning_rate" not in self.model_fields_set:
             faults.append(("learning_rate", "found nothing beside optimizer sgd, needs a number; 0.02 is usual"))
+        if self.memory.checkpointing and self.freeze and self.freeze_cache_gb:
+            text = f"found {self.freeze_cache_gb:g} beside memory.checkpointing, which needs whole blocks; allowed 0"
+            faults.append(("freeze_cache_gb", text))
         refuse(self, *faults)
         return self
 

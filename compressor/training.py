@@ -4,9 +4,11 @@ Invariant: given the same seed, threads and machine, the same weights come out; 
 good weights.
 """
 
+import itertools
 import logging
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,15 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compressor.checkpointing import checkpointed
 from compressor.clock import Clock
 from compressor.data import Split
-from compressor.data.batches import Augment
+from compressor.data.batches import Augment, to_input
 from compressor.distillation import Answers, Distillation
 from compressor.errors import TrainingError
-from compressor.feed import NOTHING_FROZEN, Frozen, open_feed
+from compressor.feed import NOTHING_FROZEN, Batch, Frozen, open_feed
 from compressor.frozen_prefix import train_mode
 from compressor.inference import arithmetic, choose_precision, evaluate, predict
 from compressor.models.weights import restore
+from compressor.optimizers import make_optimizer
 from compressor.outputs import logits_of
 from compressor.preprocess import InputSpec
 
@@ -73,6 +77,7 @@ class TrainingResult:
     time: dict[str, float] = field(default_factory=dict)  # seconds of `data`, `teacher`, `step` and `validation`
     precision: str = "float32"
     teacher_images: int = 0  # how many the teacher was asked about
+    checkpointed: int = 0  # blocks that were computed twice
     frozen: dict[str, Any] | None = None  # what was frozen and what of it was cached, see `feed.Feed`
 
 
@@ -86,16 +91,16 @@ def loss_of(
 ) -> Tensor:
     """Cross-entropy, blended with distillation: `(1 - weight) * CE + weight * T^2 * KL(teacher || student)`.
 
-    With `blend` (see `Draw.blend`) the labels of blended images count by their shares; the teacher has seen the blend.
+    With `blend` (labels of the images that these are blended with, and each one's own share) both labels count; the
+    teacher has seen the blend.
     """
     loss = torch.zeros((), device=outputs.device)
     if distill is None or distill.weight < 1:
         reduction = "mean" if blend is None else "none"
         loss = F.cross_entropy(outputs, labels, label_smoothing=label_smoothing, reduction=reduction)
         if blend is not None:
-            partners, shares = blend[0].to(labels.device), blend[1].to(outputs)
-            other = F.cross_entropy(outputs, labels[partners], label_smoothing=label_smoothing, reduction="none")
-            loss = torch.lerp(other, loss, shares).mean()
+            other = F.cross_entropy(outputs, blend[0], label_smoothing=label_smoothing, reduction="none")
+            loss = torch.lerp(other, loss, blend[1].to(outputs)).mean()
     if distill is None or teacher_outputs is None:
         return loss
     t = distill.temperature
@@ -106,22 +111,6 @@ def loss_of(
         reduction="batchmean",
     )
     return (1 - distill.weight) * loss + distill.weight * t * t * soft
-
-
-def make_optimizer(module: nn.Module, kind: str, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101) or SGD with Nesterov momentum; vectors (biases, norms, ranges) are not decayed."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {
-            "params": [p for p in trainable if p.ndim > 1 and p.shape.numel() > max(p.shape)],
-            "weight_decay": weight_decay,
-        },
-        {"params": [p for p in trainable if not (p.ndim > 1 and p.shape.numel() > max(p.shape))], "weight_decay": 0.0},
-    ]
-    groups = [g for g in groups if g["params"]]
-    if kind == "adamw":
-        return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
-    return torch.optim.SGD(groups, lr=learning_rate, momentum=0.9, nesterov=True, fused=True)
 
 
 def schedule_factor(kind: str, warmup: float) -> Callable[[float], float]:
@@ -186,6 +175,8 @@ def finetune(
     distill: Distillation | None = None,
     frozen: Frozen = NOTHING_FROZEN,
     penalty: Callable[[], Tensor] | None = None,
+    checkpointing: bool = False,
+    micro_batch: int | None = None,
     seed: int = 0,
     device: str = "cpu",
 ) -> TrainingResult:
@@ -201,6 +192,8 @@ def finetune(
         ema: decay of an exponential moving average of the weights; when given, the average is validated and kept.
         penalty: what is added to the loss of every step, a scalar of the network's parameters as they are then; the
             losses that are reported are without it.
+        checkpointing: blocks are computed again in the backward pass instead of remembered, see `checkpointing`.
+        micro_batch: images that pass at once; None: the batch.
         frozen: layers that stay as they are, from `feed.freezing`; `module` is the network they are in.
         device: where it trains; `module` and the teacher are moved there and stay there (see `inference.visiting`).
 
@@ -234,86 +227,90 @@ def finetune(
     if math.isfinite(loss_at_start):
         result.val_accuracy, result.val_loss = result.start_accuracy, loss_at_start
     chance = math.log(max(2, _classes(module, train, spec, device)))
-    for epoch in range(epochs):
-        train_mode(module, frozen.layers)
-        losses: list[float] = []
-        batches = feed.batches(batch_size, generator)
-        while result.steps < total:
-            with clock("data"):
-                batch = next(batches, None)
-            if batch is None:
+    example = to_input(train.images[:1], spec, device)
+    twice: AbstractContextManager[list[str]] = checkpointed(module, example) if checkpointing else nullcontext([])
+    with twice as blocks:
+        result.checkpointed = len(blocks)
+        if checkpointing and not blocks:
+            log.warning("checkpointing: the network has no blocks of several layers, so all is remembered")
+        for epoch in range(epochs):
+            train_mode(module, frozen.layers)
+            losses: list[float] = []
+            batches = feed.batches(batch_size, generator)
+            while result.steps < total:
+                with clock("data"):
+                    batch = next(batches, None)
+                if batch is None:
+                    break
+                targets = None
+                if answers:
+                    with clock("teacher"), arithmetic(dtype, device):
+                        targets = answers.of(batch)
+                with clock("step"):
+                    for group in opt.param_groups:
+                        group["lr"] = learning_rate * factor(result.steps / total)
+                    opt.zero_grad(set_to_none=True)
+                    losses.append(_backward(feed.trained, batch, targets, distill, label_smoothing, micro_batch, dtype))
+                    if not math.isfinite(losses[-1]):
+                        restore(module, good, strict=True)
+                        raise TrainingError(
+                            f"the loss became {losses[-1]} at step {result.steps + 1} of {total} (epoch {epoch + 1}); "
+                            "the last good weights are kept. Lower learning_rate "
+                            f"(now {learning_rate:g}), set clip_norm, or use float32"
+                        )
+                    if penalty is not None:
+                        penalty().backward()  # type: ignore[no-untyped-call]
+                    if clip_norm:
+                        nn.utils.clip_grad_norm_(module.parameters(), clip_norm)
+                    opt.step()
+                    if average:
+                        average.update(module)
+                result.steps += 1
+                result.images += len(batch.labels)
+                _report_step(result, total, epoch, epochs, losses, clock.elapsed())
+            mean_loss = float(np.mean(losses))
+            first = result.history[0].loss if result.history else losses[0]
+            if mean_loss > DIVERGED * max(first, chance):
+                restore(module, good, strict=True)
+                raise TrainingError(
+                    f"training diverged: mean loss {mean_loss:.3g} in epoch {epoch + 1}, {first:.3g} at first; the last"
+                    f" good weights are kept. Lower learning_rate (now {learning_rate:g})"
+                )
+            trained = snapshot(module) if average else None
+            if average:
+                restore(module, average.state, strict=True)
+            with clock("validation"):
+                accuracy, val_loss = evaluate(
+                    feed.trained, val, spec, device=device, dtype=dtype, features=feed.val_features
+                )
+            if not math.isfinite(val_loss):
+                restore(module, good, strict=True)
+                raise TrainingError(
+                    f"the validation loss became {val_loss} after epoch {epoch + 1}; the last good weights are kept. "
+                    f"Lower learning_rate (now {learning_rate:g}) or set clip_norm"
+                )
+            better = (accuracy, -val_loss) > (result.val_accuracy, -result.val_loss)
+            if better or penalty is not None:
+                result.best_epoch, result.val_accuracy, result.val_loss = epoch, accuracy, val_loss
+                good = snapshot(module)
+            if trained is not None:
+                restore(module, trained, strict=True)
+            seconds = clock.elapsed()
+            lr = opt.param_groups[0]["lr"]
+            result.history.append(Epoch(epoch, mean_loss, accuracy, val_loss, lr, seconds))
+            progress = Progress(result.steps, total, epoch + 1, epochs, mean_loss, accuracy, seconds)
+            log.info(
+                "epoch %d/%d  loss %.4f  val %.4f  %.0f s",
+                epoch + 1,
+                epochs,
+                mean_loss,
+                accuracy,
+                seconds,
+                extra={"progress": progress},
+            )
+            risen = max(range(len(result.history)), key=lambda i: result.history[i].val_accuracy)
+            if result.steps == total or (patience and epoch - risen >= patience):
                 break
-            targets = None
-            if answers:
-                with clock("teacher"), arithmetic(dtype, device):
-                    targets = answers.of(batch)
-            with clock("step"):
-                for group in opt.param_groups:
-                    group["lr"] = learning_rate * factor(result.steps / total)
-                with arithmetic(dtype, device):
-                    outputs = logits_of(feed.trained(batch.inputs))
-                loss = loss_of(outputs.float(), batch.labels, label_smoothing, targets, distill, batch.blend)
-                losses.append(float(loss.detach()))
-                if not math.isfinite(losses[-1]):
-                    restore(module, good, strict=True)
-                    raise TrainingError(
-                        f"the loss became {losses[-1]} at step {result.steps + 1} of {total} (epoch {epoch + 1}); the "
-                        f"last good weights are kept. Lower learning_rate (now {learning_rate:g}), set clip_norm, or "
-                        "use float32"
-                    )
-                opt.zero_grad(set_to_none=True)
-                (loss if penalty is None else loss + penalty()).backward()  # type: ignore[no-untyped-call]
-                if clip_norm:
-                    nn.utils.clip_grad_norm_(module.parameters(), clip_norm)
-                opt.step()
-                if average:
-                    average.update(module)
-            result.steps += 1
-            result.images += len(batch.labels)
-            _report_step(result, total, epoch, epochs, losses, clock.elapsed())
-        mean_loss = float(np.mean(losses))
-        first = result.history[0].loss if result.history else losses[0]
-        if mean_loss > DIVERGED * max(first, chance):
-            restore(module, good, strict=True)
-            raise TrainingError(
-                f"training diverged: mean loss {mean_loss:.3g} in epoch {epoch + 1}, {first:.3g} at first; the last"
-                f" good weights are kept. Lower learning_rate (now {learning_rate:g})"
-            )
-        trained = snapshot(module) if average else None
-        if average:
-            restore(module, average.state, strict=True)
-        with clock("validation"):
-            accuracy, val_loss = evaluate(
-                feed.trained, val, spec, device=device, dtype=dtype, features=feed.val_features
-            )
-        if not math.isfinite(val_loss):
-            restore(module, good, strict=True)
-            raise TrainingError(
-                f"the validation loss became {val_loss} after epoch {epoch + 1}; the last good weights are kept. Lower "
-                f"learning_rate (now {learning_rate:g}) or set clip_norm"
-            )
-        better = (accuracy, -val_loss) > (result.val_accuracy, -result.val_loss)
-        if better or penalty is not None:
-            result.best_epoch, result.val_accuracy, result.val_loss = epoch, accuracy, val_loss
-            good = snapshot(module)
-        if trained is not None:
-            restore(module, trained, strict=True)
-        seconds = clock.elapsed()
-        lr = opt.param_groups[0]["lr"]
-        result.history.append(Epoch(epoch, mean_loss, accuracy, val_loss, lr, seconds))
-        progress = Progress(result.steps, total, epoch + 1, epochs, mean_loss, accuracy, seconds)
-        log.info(
-            "epoch %d/%d  loss %.4f  val %.4f  %.0f s",
-            epoch + 1,
-            epochs,
-            mean_loss,
-            accuracy,
-            seconds,
-            extra={"progress": progress},
-        )
-        risen = max(range(len(result.history)), key=lambda i: result.history[i].val_accuracy)
-        if result.steps == total or (patience and epoch - risen >= patience):
-            break
     restore(module, good, strict=True)
     module.eval()
     if result.best_epoch < 0:
@@ -325,6 +322,37 @@ def finetune(
     result.teacher_images = answers.asked if answers else 0
     result.frozen = feed.summary()
     return result
+
+
+def _backward(
+    trained: nn.Module,
+    batch: Batch,
+    targets: Tensor | None,
+    distill: Distillation | None,
+    label_smoothing: float,
+    micro_batch: int | None,
+    dtype: torch.dtype,
+) -> float:
+    """Add a batch's gradients, `micro_batch` images at a time; returns its mean loss."""
+    count, total = len(batch.labels), 0.0
+    blend = batch.blend and (batch.labels[batch.blend[0].to(batch.labels.device)], batch.blend[1])
+    for part in _parts(count, micro_batch):
+        with arithmetic(dtype, batch.inputs.device.type):
+            outputs = logits_of(trained(batch.inputs[part]))
+        answers = None if targets is None else targets[part]
+        labels = batch.labels[part]
+        other = blend and (blend[0][part], blend[1][part])
+        loss = loss_of(outputs.float(), labels, label_smoothing, answers, distill, other) * (len(labels) / count)
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach())
+    return total
+
+
+def _parts(images: int, size: int | None) -> list[slice]:
+    """Where a batch is cut into pieces of about one size, `size` at most."""
+    count = math.ceil(images / (size or images))
+    edges = [round(i * images / count) for i in range(count + 1)]
+    return [slice(start, end) for start, end in itertools.pairwise(edges)]
 
 
 def _report_step(

@@ -226,9 +226,9 @@ def test_blended_labels_count_by_their_shares(seed: int, smoothing: float) -> No
     partners, shares = torch.randperm(6, generator=generator), torch.rand(6, generator=generator)
     soft = shares[:, None] * F.one_hot(labels, 4) + (1 - shares)[:, None] * F.one_hot(labels[partners], 4)
     by_hand = F.cross_entropy(outputs, soft, label_smoothing=smoothing)
-    got = loss_of(outputs, labels, smoothing, None, None, (partners, shares))
+    got = loss_of(outputs, labels, smoothing, None, None, (labels[partners], shares))
     assert float(got) == pytest.approx(float(by_hand), rel=1e-4)
-    alone = loss_of(outputs, labels, smoothing, None, None, (partners, torch.ones(6)))
+    alone = loss_of(outputs, labels, smoothing, None, None, (labels[partners], torch.ones(6)))
     assert float(alone) == pytest.approx(float(loss_of(outputs, labels, smoothing, None, None)), rel=1e-5)
 
 
