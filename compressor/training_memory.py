@@ -87,8 +87,8 @@ class RetrainingBench:
         """Bytes that training holds of what is left of a network: parameters as often as the optimiser and the snapshot
         of the best weights keep them, and for each image of a batch what layers and their normalisations give."""
         options = self._options
-        copies = {"adamw": 5, "sgd": 4}[options.optimizer] + (options.ema is not None)
-        batch = min(options.batch_size, len(self._context.data.train.labels))
+        copies = {"adamw": 5, "sgd": 4, "adafactor": 3}[options.optimizer] + (options.ema is not None)
+        batch = min(options.memory.micro_batch or options.batch_size, len(self._context.data.train.labels))
         weights = {name: layer.weight.numel() for name, layer in module.named_modules() if _has_width(layer)}
         macs = count(module, self._context.example).per_layer
         positions = {name: value / weights[name] for name, value in macs.items() if name in weights}

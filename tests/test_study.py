@@ -126,10 +126,10 @@ def test_shipped_studies_are_valid_and_fair(path: Path) -> None:
     first = path.read_text().splitlines()[0]
     assert (path.parent / first.split("$schema=", 1)[1]).resolve() == RECIPES / "study.schema.json"
     scales = load_study(path).study.scales
-    assert set(scales) == {"cpu", "full", "small"}
+    assert {"full", "small"} <= set(scales)
     for scale in scales:
         loaded = load_study(path, scale=scale)
-        if scale == "small":
+        if scale == "small" or "paper" not in path.stem:
             continue
         for kind in ("scratch", "pretrained"):
             rows = {run.row: run.recipe for run in loaded.runs if run.row.endswith(kind)}
