@@ -4,7 +4,7 @@ Invariant: `Context` never changes during a run, and networks are on the CPU exc
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +56,7 @@ class Assignment:
     quantize: tuple[str, Quantize] | None = None  # the quantize stage that follows and its key path: what latency means
     finetune: tuple[int, Finetune] | None = None  # the next finetune and its index: what retraining means
     start: Network | None = None  # what the stage is given: how another process rebuilds a network that comes of it
+    index: int = 0  # of the stage in the recipe
 
 
 def assignment_of(
@@ -71,7 +72,7 @@ def assignment_of(
     after = list(enumerate(stages))[index + 1 :]
     quantize = next(((f"stages[{i}]", stage) for i, stage in after if isinstance(stage, Quantize)), None)
     finetune = next(((i, stage) for i, stage in after if isinstance(stage, Finetune)), None)
-    return Assignment(f"stages[{index}]", seed, teacher, baseline, quantize, finetune, start)
+    return Assignment(f"stages[{index}]", seed, teacher, baseline, quantize, finetune, start, index)
 
 
 @dataclass
@@ -135,7 +136,7 @@ def loop_options(options: Training, precision: str) -> dict[str, Any]:
     values = options.model_dump(
         exclude={"type", "strength", "augment", "distill", "freeze", "freeze_cache_gb", "memory"}
     )
-    values |= options.memory.model_dump()
+    values |= options.memory.model_dump(exclude={"limit"})
     if options.precision == "auto":
         values["precision"] = precision
     return values | {"augment": Augment(**options.augment.model_dump())}
@@ -150,6 +151,7 @@ def train(
     key: str = "",
     round_index: int = 0,
     penalty: Callable[[], Tensor] | None = None,
+    levers: Mapping[str, Any] | None = None,
 ) -> TrainingResult:
     """Run the training loop with a recipe's options.
 
@@ -161,6 +163,7 @@ def train(
         key: See `options`; for messages.
         round_index: Gives each round of one stage its own seed.
         penalty: See `finetune`.
+        levers: Options of the loop that replace the recipe's, see `memory_levers`.
     """
     distill = None
     if options.distill is not None:
@@ -185,7 +188,7 @@ def train(
             seed=assignment.seed + round_index,
             device=context.device,
             penalty=penalty,
-            **loop_options(options, context.precision),
+            **(loop_options(options, context.precision) | dict(levers or {})),
         )
 
 

@@ -229,7 +229,8 @@ def _retrain_memory(context: Context, recipe: Recipe, records: Sequence[dict[str
         return {"error": "the recipe has no finetune stage"}
     slim = next((i - 1 for i in range(last, len(stages)) if isinstance(stages[i], Quantize)), len(stages) - 1)
     folder = context.run_dir / "stages" / f"{slim:02d}-{records[slim]['type']}"
-    return retraining_memory(context.run_dir, folder, last, context.precision, recipe.model.model_dump())
+    levers = (records[last]["details"].get("memory_levers") or {}).get("chosen")
+    return retraining_memory(context.run_dir, folder, last, context.precision, recipe.model.model_dump(), levers)
 
 
 def _describe(run: Path, path: Path, network_input: tuple[int, int, int], data: Dataset) -> Artifact:

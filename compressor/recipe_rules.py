@@ -22,7 +22,7 @@ def broken_rules(data: object) -> Iterator[tuple[KeyPath, str]]:
     listed = root.get("stages")
     stages = [_mapping(stage) for stage in listed] if isinstance(listed, list) else []
     yield from _order(stages)
-    yield from _computed_twice(stages)
+    yield from _memory(stages)
     yield from _teacher(root, stages)
     yield from _geometry(root, stages)
     yield from _measurable(root, stages)
@@ -59,13 +59,16 @@ def _order(stages: list[Mapping[str, Any]]) -> Iterator[tuple[KeyPath, str]]:
             quantized = index
 
 
-def _computed_twice(stages: list[Mapping[str, Any]]) -> Iterator[tuple[KeyPath, str]]:
-    """A quantized network's hooks are not called again with its blocks."""
+def _memory(stages: list[Mapping[str, Any]]) -> Iterator[tuple[KeyPath, str]]:
+    """A quantized network's hooks are not called again with its blocks; a limit is what a device retrains under."""
     first = next((i for i, stage in enumerate(stages) if stage.get("type") == "quantize"), len(stages))
     for index, path, training in _trainings(stages):
         if index > first and _mapping(training.get("memory")).get("checkpointing") is True:
             text = f"found true after the quantize of stages[{first}], whose quantizers cannot be computed twice"
             yield (*path, "memory", "checkpointing"), f"{text}; allowed there: false, and a smaller micro_batch"
+        if len(path) > 2 and _mapping(training.get("memory")).get("limit") is not None:
+            text = f"found a limit of the {path[-1]} inside a stage, allowed of a finetune only"
+            yield (*path, "memory", "limit"), text
 
 
 def _teacher(root: Mapping[str, Any], stages: list[Mapping[str, Any]]) -> Iterator[tuple[KeyPath, str]]:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from compressor.recipe_bounds import STRICT
+from compressor.recipe_bounds import STRICT, ReductionBound
 
 # Lists become tuples so that a recipe is immutable; `strict=False` only lets a list in, the items stay strict.
 Globs = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
@@ -87,6 +87,13 @@ class Memory(BaseModel):
         le=65_536,
         description="Images that pass at once; gradients add up to a step of batch_size. BatchNorm normalises over "
         "these; null = batch_size.",
+    )
+    limit: ReductionBound | None = Field(
+        default=None,
+        description="Peak resident memory of a finetune, as a device would run it: bytes, or a fraction such as 0.5x "
+        "of what the dense network takes with the same options. Levers are added until it is met, least risk to "
+        "accuracy first: checkpointing, bf16, Adafactor, micro-batches of half, a quarter and an eighth. Each is "
+        "measured, a few steps in a process of its own without a teacher; an interpreter with torch is part of it.",
     )
 
 

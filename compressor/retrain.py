@@ -7,7 +7,9 @@ import dataclasses
 import json
 import logging
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from compressor.environment import cache_dir, prepare_process
 from compressor.errors import CompressorError
@@ -15,12 +17,18 @@ from compressor.memory import measure_memory, resident_bytes
 
 
 def retrain(
-    run: Path, stage_folder: Path, index: int, steps: int, precision: str, factory: str | None = None
+    run: Path,
+    stage_folder: Path,
+    index: int,
+    steps: int,
+    precision: str,
+    levers: Mapping[str, Any] | None = None,
+    factory: str | None = None,
 ) -> dict[str, int]:
     """Train the network of a finished stage for a few steps with the options of `stages[index]`.
 
-    `precision` is what `auto` means in that run; `factory` is the `package.module:function` that makes a caller's own
-    network.
+    `precision` is what `auto` means in that run; `levers` replace some options of the loop; `factory` is the
+    `package.module:function` that makes a caller's own network.
 
     Returns:
         Resident bytes: `floor_bytes` with torch imported and nothing loaded, `average_bytes` and `peak_bytes`.
@@ -49,7 +57,7 @@ def retrain(
     network = load_network(stage_folder, fresh_architecture(own, len(labels), (full.height, full.width)))
     spec = dataclasses.replace(full, height=network.input[1], width=network.input[2])
     data = load_data(recipe, spec)
-    options = loop_options(stage, precision) | {"epochs": None, "steps": steps, "patience": None}
+    options = loop_options(stage, precision) | dict(levers or {}) | {"epochs": None, "steps": steps, "patience": None}
     with (
         measure_memory() as memory,
         freezing_as_told(
@@ -71,7 +79,8 @@ def retrain(
 if __name__ == "__main__":
     logging.disable(logging.CRITICAL)
     try:
-        run, stage_folder, index, steps, precision, *factory = sys.argv[1:]
-        print(json.dumps(retrain(Path(run), Path(stage_folder), int(index), int(steps), precision, *factory)))
+        run, stage_folder, index, steps, precision, levers, *factory = sys.argv[1:]
+        told = json.loads(levers)
+        print(json.dumps(retrain(Path(run), Path(stage_folder), int(index), int(steps), precision, told, *factory)))
     except CompressorError as error:
         sys.exit(str(error))

@@ -23,7 +23,12 @@ def unrebuildable(architecture: Mapping[str, Any]) -> str | None:
 
 
 def retraining_memory(
-    run: Path, folder: Path, index: int, precision: str, architecture: Mapping[str, Any]
+    run: Path,
+    folder: Path,
+    index: int,
+    precision: str,
+    architecture: Mapping[str, Any],
+    levers: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train a saved network for a few steps in a process of its own, without a teacher.
 
@@ -33,6 +38,7 @@ def retraining_memory(
         index: Of the `finetune` stage in that recipe whose options are taken.
         precision: What `precision: auto` means in this run.
         architecture: `source` and `name` of the network.
+        levers: Options that replace the stage's, see `memory_levers`.
 
     Returns:
         Resident bytes, see `retrain`; or `error` with the reason why nothing was measured.
@@ -50,6 +56,7 @@ def retraining_memory(
         str(index),
         str(RETRAIN_STEPS),
         precision,
+        json.dumps(dict(levers or {})),
         *([architecture["name"]] if custom else []),  # `compress` has put the factory's name there itself
     ]
     # The toolkit may run from a checkout that is not installed, in another working folder.

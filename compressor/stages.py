@@ -18,6 +18,7 @@ from compressor.context import Assignment, Context, Work, reestimate, train
 from compressor.errors import TrainingError, UnsupportedModelError
 from compressor.inference import evaluate
 from compressor.memory import measure_memory
+from compressor.memory_levers import within_limit
 from compressor.models.counting import count
 from compressor.outputs import named_tensors
 from compressor.quantization import resolve_overflow_fix
@@ -57,7 +58,7 @@ def run_stage(
     module = network.module
     match stage:
         case spec.Finetune():
-            _finetune(module, stage, context, assignment, work)
+            _finetune(network, stage, context, assignment, work)
             if network.quantizer is not None:
                 snap_biases(module, context.example)  # training has moved them, and the ranges
         case spec.Prune():
@@ -130,11 +131,15 @@ def _footprint(network: Network, context: Context, work: Work) -> Footprint:
     )
 
 
-def _finetune(module: nn.Module, stage: spec.Finetune, context: Context, assignment: Assignment, work: Work) -> None:
+def _finetune(network: Network, stage: spec.Finetune, context: Context, assignment: Assignment, work: Work) -> None:
+    levers: dict[str, Any] = {}
+    found = None
+    if stage.memory.limit is not None:
+        levers, found = within_limit(network, stage, assignment.index, context, assignment)
     with measure_memory() as memory:
-        result = train(module, stage, context, assignment)
+        result = train(network.module, stage, context, assignment, levers=levers)
     work.memory, work.train_time_s, work.val_accuracy = memory, result.seconds, result.val_accuracy
-    work.details = dataclasses.asdict(result)
+    work.details = dataclasses.asdict(result) | ({"memory_levers": found} if found else {})
     work.notes += result.frozen["notes"] if result.frozen else []
 
 

@@ -1,24 +1,34 @@
 """Levers that lower the memory of training change nothing else: gradients, statistics, steps."""
 
 import copy
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_networks import TinyNetwork
+from target_stages import fresh_network, tiny_context
+from tiny_networks import TinyNetwork, tiny
 from torch import Tensor, nn
 
-from compressor import optimizers, training
+from compressor import memory_levers, optimizers, training
+from compressor.checkpoint import load_network
 from compressor.checkpointing import blocks_of, checkpointed
+from compressor.context import Assignment, Work
 from compressor.data import Split
+from compressor.errors import RecipeError
 from compressor.feed import Batch
 from compressor.inference import arithmetic
+from compressor.memory_levers import combinations
 from compressor.models import build
 from compressor.optimizers import Adafactor, make_optimizer
 from compressor.preprocess import InputSpec
+from compressor.recipe import Finetune
 from compressor.recipe_faults import validate
+from compressor.report import Footprint
+from compressor.stages import Outcome, run_stage
 from compressor.training import finetune
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)
@@ -225,3 +235,91 @@ def test_a_training_with_levers_ends_with_the_same_weights() -> None:
     for other in states[1:]:
         for key, value in states[0].items():
             torch.testing.assert_close(other[key], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture
+def weighed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """In place of training in another process: each lever takes its part off; what was asked."""
+    asked: list[dict[str, Any]] = []
+
+    def measure(
+        run: Path, folder: Path, index: int, precision: str, architecture: dict[str, Any], levers: dict[str, Any]
+    ) -> dict[str, int]:
+        network = load_network(folder, tiny(4))
+        asked.append({**levers, "params": sum(p.numel() for p in network.module.parameters())})
+        peak = 1000 - 300 * ("checkpointing" in levers) - 100 * (levers.get("precision") == "bfloat16")
+        peak -= 150 * (levers.get("optimizer") == "adafactor")
+        peak -= 100 - 100 * levers.get("micro_batch", 16) // 16
+        return {"floor_bytes": 50, "average_bytes": peak - 10, "peak_bytes": peak}
+
+    monkeypatch.setattr(memory_levers, "retraining_memory", measure)
+    return asked
+
+
+def limited(limit: float | str, images: Path, folder: Path, **options: Any) -> Outcome:
+    stage = Finetune.model_validate(
+        {
+            "epochs": 1,
+            "batch_size": 16,
+            "learning_rate": 2e-3,
+            "precision": "float32",
+            "memory": {"limit": limit},
+            **options,
+        }
+    )
+    assignment = Assignment("stages[2]", 0, None, Footprint(), index=2)
+    return run_stage(stage, fresh_network(), tiny_context(images, folder), assignment, Work({}, [], []))
+
+
+@pytest.mark.parametrize(
+    ("limit", "chosen"),
+    [
+        (1000, {}),
+        ("1x", {}),
+        (999, {"checkpointing": True}),
+        ("0.6x", {"checkpointing": True, "optimizer": "adafactor"}),
+        (500, {"checkpointing": True, "optimizer": "adafactor", "micro_batch": 8}),
+        (470, {"checkpointing": True, "optimizer": "adafactor", "micro_batch": 2}),
+    ],
+)
+def test_the_gentlest_levers_below_the_limit_are_taken(
+    limit: float | str, chosen: dict[str, Any], tiny_images: Path, tmp_path: Path, weighed: list[dict[str, Any]]
+) -> None:
+    outcome = limited(limit, tiny_images, tmp_path)
+    found = outcome.details["memory_levers"]
+    assert found["chosen"] == chosen == found["tried"][-1]["levers"]
+    assert (found["asked"], found["floor_bytes"]) == (limit, 50)
+    assert found["limit_bytes"] == (limit if not isinstance(limit, str) else 1000 * float(limit[:-1]))
+    assert outcome.details["checkpointed"] == (5 if "checkpointing" in chosen else 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_limit_below_all_levers_is_refused_with_the_least(
+    tiny_images: Path, tmp_path: Path, weighed: list[dict[str, Any]]
+) -> None:
+    with pytest.raises(
+        RecipeError, match=r"stages\[2\].memory.limit: 0 MB cannot be met; the least is .*micro_batch: 2"
+    ):
+        limited("0.2x", tiny_images, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bf16_is_a_lever_only_where_precision_is_open() -> None:
+    told = Finetune.model_validate({"epochs": 1, "batch_size": 4})
+    assert [sorted(levers) for levers in combinations(told, blocks=True, bf16=True)] == [
+        [],
+        ["checkpointing"],
+        ["checkpointing", "precision"],
+        ["checkpointing", "optimizer", "precision"],
+        ["checkpointing", "micro_batch", "optimizer", "precision"],
+    ]
+    sgd = told.model_copy(update={"optimizer": "sgd"})
+    assert list(combinations(sgd, blocks=False, bf16=False)) == [{}, {"micro_batch": 2}]
+
+
+def test_a_limit_inside_another_stage_is_refused() -> None:
+    recovery = {"steps": 3, "memory": {"limit": "0.5x"}}
+    stages = [{"type": "prune", "pruning_ratio": 0.5, "iterations": 2, "recovery": recovery}]
+    data = {"source": "synthetic_pcb"}
+    _, faults = validate({"version": 1, "model": {"name": "xception"}, "data": data, "stages": stages})
+    assert any(path == ("stages", 0, "recovery", "memory", "limit") for path, _ in faults), faults

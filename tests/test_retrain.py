@@ -106,7 +106,7 @@ def test_a_callers_network_is_retrained_where_a_factory_can_make_it_again(
     recipe = write_recipe(tmp_path / "recipe.yaml", tiny_images, SHORT, PRUNE, model={"source": "custom"})
     run = tmp_path / "run"
     compress(recipe, run, model=own_networks.make)
-    measured = retrain(run, run / "stages" / "01-prune", 0, 2, "auto", "own_networks:make")
+    measured = retrain(run, run / "stages" / "01-prune", 0, 2, "auto", None, "own_networks:make")
     assert 0 < measured["average_bytes"] <= measured["peak_bytes"]
 
 

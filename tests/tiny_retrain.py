@@ -13,6 +13,7 @@ from tiny_networks import stand_in  # noqa: E402
 from compressor.retrain import retrain  # noqa: E402
 
 if __name__ == "__main__":
-    run, stage_folder, index, steps, precision = sys.argv[1:]
+    run, stage_folder, index, steps, precision, levers = sys.argv[1:]
     with stand_in():
-        print(json.dumps(retrain(Path(run), Path(stage_folder), int(index), int(steps), precision)))
+        told = json.loads(levers)
+        print(json.dumps(retrain(Path(run), Path(stage_folder), int(index), int(steps), precision, told)))
