@@ -243,8 +243,8 @@ def test_a_scope_may_leave_kernels_alone(run: Run, network: Network, context: Co
 
 
 def test_a_stage_that_changes_the_outputs_is_a_fault(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def widen(module: nn.Module, *_: object, **__: object) -> None:
-        module.fc = nn.Linear(48, 5)
+    def widen(network: Network, *_: object, **__: object) -> None:
+        network.module.fc = nn.Linear(48, 5)
 
     monkeypatch.setattr(stages, "_finetune", widen)
     with pytest.raises(UnsupportedModelError, match=r"stages\[2\]: outputs were .*\(1, 4\), .*became .*\(1, 5\)"):
@@ -252,9 +252,9 @@ def test_a_stage_that_changes_the_outputs_is_a_fault(run: Run, monkeypatch: pyte
 
 
 def test_a_tensor_that_is_not_finite_ends_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def poison(module: nn.Module, *_: object, **__: object) -> None:
+    def poison(network: Network, *_: object, **__: object) -> None:
         with torch.no_grad():
-            module.get_submodule("bn1").running_var[3] = float("nan")  # type: ignore[operator,index]
+            network.module.get_submodule("bn1").running_var[3] = float("nan")  # type: ignore[operator,index]
 
     monkeypatch.setattr(stages, "_finetune", poison)
     with pytest.raises(TrainingError, match=r"stages\[2\]: 1 tensors are not finite any more, first bn1\.running_var"):

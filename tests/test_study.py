@@ -30,7 +30,7 @@ RECIPE: dict[str, Any] = {
     "model": {"source": "timm", "name": "mobilenetv3_small_050", "weights": "none"},
     "data": {"source": "synthetic_pcb", "train_per_class": 8, "val_per_class": 4, "test_per_class": 8},
     "input": {"size": 48},
-    "stages": [{"type": "finetune", "epochs": 1, "batch_size": 16, "learning_rate": 1e-3}],
+    "stages": [{"type": "finetune", "epochs": 1, "batch_size": 8, "learning_rate": 1e-3}],
     "benchmark": {"throughput_s": None},
 }
 ROWS: list[dict[str, Any]] = [
