@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import own_networks
 import pytest
@@ -62,20 +63,20 @@ def test_what_is_retrained_is_the_slim_network(
     seen: list[list[str]] = []
     done = subprocess.CompletedProcess([], 0, "{}", "")
     monkeypatch.setattr(retraining.subprocess, "run", lambda command, **_: seen.append(command) or done)
-    proof._retrain_memory(context, recipe, [{"type": stage.type} for stage in recipe.stages])
-    assert seen[0][-4:-2] == [str(tmp_path / "stages" / slim), str(options)]
+    proof._retrain_memory(context, recipe, [{"type": stage.type, "details": {}} for stage in recipe.stages])
+    assert seen[0][-5:-3] == [str(tmp_path / "stages" / slim), str(options)]
 
 
 @pytest.fixture
-def asked(tiny_images: Path, tmp_path: Path) -> tuple[Context, Recipe, list[dict[str, str]]]:
+def asked(tiny_images: Path, tmp_path: Path) -> tuple[Context, Recipe, list[dict[str, Any]]]:
     """What a run with two finetunes asks to have measured."""
     recipe = Recipe.model_validate(tiny_recipe(tiny_images, SHORT, PRUNE, SHORT, QUANTIZE))
     context = Context(torch.zeros(1, 3, 48, 48), None, "cpu", tmp_path / "run.partial", "bfloat16")  # type: ignore[arg-type]
-    return context, recipe, [{"type": stage.type} for stage in recipe.stages]
+    return context, recipe, [{"type": stage.type, "details": {}} for stage in recipe.stages]
 
 
 def test_the_last_finetune_is_measured_by_a_child_that_finds_the_toolkit_from_any_folder(
-    asked: tuple[Context, Recipe, list[dict[str, str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asked: tuple[Context, Recipe, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Run from a checkout in another folder, nothing is installed and `compressor` is not in the working folder."""
     (tmp_path / "compressor.py").write_text("raise SystemExit('not the toolkit')")
@@ -94,7 +95,7 @@ def test_the_last_finetune_is_measured_by_a_child_that_finds_the_toolkit_from_an
     monkeypatch.setattr(retraining.subprocess, "run", lambda *a, **k: real(*a, **k) if "-c" in a[0] else run(*a, **k))
     assert proof._retrain_memory(*asked) == {"peak_bytes": 7}
     folder = tmp_path / "run.partial"
-    assert seen[0][-5:] == [str(folder), str(folder / "stages/02-finetune"), "2", "12", "bfloat16"]
+    assert seen[0][-6:] == [str(folder), str(folder / "stages/02-finetune"), "2", "12", "bfloat16", "{}"]
 
 
 real = subprocess.run
@@ -119,14 +120,14 @@ def test_the_child_is_told_the_factory_and_a_bare_module_is_not_measured(
     monkeypatch.setattr(retraining.subprocess, "run", lambda command, **_: seen.append(command) or done)
     for name in ("own_networks:make", "own_networks.OwnNetwork"):
         recipe = Recipe.model_validate(tiny_recipe(tiny_images, SHORT, model={"source": "custom", "name": name}))
-        measured = proof._retrain_memory(context, recipe, [{"type": "finetune"}])
+        measured = proof._retrain_memory(context, recipe, [{"type": "finetune", "details": {}}])
         assert ("error" in measured) == (":" not in name)
-    assert [command[-2:] for command in seen] == [["auto", "own_networks:make"]]
+    assert [command[-3:] for command in seen] == [["auto", "{}", "own_networks:make"]]
     assert "--factory names one it can" in measured["error"]
 
 
 def test_what_cannot_be_measured_says_why(
-    asked: tuple[Context, Recipe, list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch, tiny_images: Path
+    asked: tuple[Context, Recipe, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch, tiny_images: Path
 ) -> None:
     context, _, _ = asked
     untrained = Recipe.model_validate(tiny_recipe(tiny_images, QUANTIZE))
@@ -167,7 +168,7 @@ def test_a_whole_run_stays_on_this_machine_and_in_its_folders(tmp_path: Path) ->
     # The real child builds the real Xception, which these weights do not fit; so here is one that can.
     before = contents(out)
     child = [str(REPOSITORY / "tests" / "tiny_retrain.py"), str(out / "run"), str(out / "run/stages/02-finetune")]
-    seen = run_watched([*child, "2", "2", "auto"], [cache, temporary], places, cwd=tmp_path)
+    seen = run_watched([*child, "2", "2", "auto", "{}"], [cache, temporary], places, cwd=tmp_path)
     assert seen.returncode == 0, seen.stderr
     assert json.loads(seen.stdout)["peak_bytes"] > 0
     assert seen.sockets == ()
