@@ -46,6 +46,8 @@ def study_svg(study: Mapping[str, Any]) -> str:
 def _draw(panel: Any, study: Mapping[str, Any], name: str, upward: str) -> None:
     label, unit = UNITS[name]
     rise = UNITS[upward][1]
+    values = [row["figures"][name]["mean"] for row in study["rows"] if name in row["figures"]]
+    middle = (min(values, default=0.0) + max(values, default=0.0)) / 2
     for row in study["rows"]:
         figures = row["figures"]
         if name not in figures or upward not in figures:
@@ -63,8 +65,14 @@ def _draw(panel: Any, study: Mapping[str, Any], name: str, upward: str) -> None:
             elinewidth=0.8,
             label="Pareto set" if front else "dominated",
         )
+        left = x["mean"] > middle  # names stay inside the panel
         panel.annotate(
-            row["name"], (x["mean"] * unit, y["mean"] * rise), xytext=(5, 4), textcoords="offset points", fontsize=8
+            row["name"],
+            (x["mean"] * unit, y["mean"] * rise),
+            xytext=(-5 if left else 5, 4),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            fontsize=8,
         )
     for published in study["published"]:
         figures = published["figures"]
@@ -91,15 +99,16 @@ def _legend(panels: Sequence[Any]) -> tuple[list[Any], list[str]]:
 
 def _description(study: Mapping[str, Any], upward: str, across: Sequence[str]) -> str:
     """The chart in words."""
-    text = f"{UNITS[upward][0]} against {' and '.join(UNITS[name][0] for name in across)}. "
     told = []
     for row in study["rows"]:
-        values = [
-            f"{UNITS[name][0]} {row['figures'][name]['mean'] * UNITS[name][1]:.4g}"
-            for name in (upward, *across)
-            if name in row["figures"]
-        ]
+        values = [_in_words(name, row["figures"][name]["mean"]) for name in (upward, *across) if name in row["figures"]]
         if values:
             front = ", in the Pareto set" if row["name"] in study["pareto_set"] else ""
             told.append(f"{row['name']}{front}: {', '.join(values)}")
-    return text + "; ".join(told) + "."
+    return "; ".join(told) + "."
+
+
+def _in_words(name: str, value: float) -> str:
+    label, scale = UNITS[name]
+    what, _, unit = label.rpartition(", ")
+    return f"{what} {value * scale:.4g} {unit}" if what else f"{value * scale:.4g} {label}"
