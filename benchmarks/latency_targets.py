@@ -69,7 +69,7 @@ def tried(name: str, module: nn.Module, target: str, context: Context) -> dict[s
         {"type": "prune", "ranking": "latency", "target": {"latency_ms": target}, "round_to": 8, "bn_batches": 0}
     )
     work = Work({}, [], [])
-    assignment = Assignment("stages[0]", 0, dense, Footprint(params=counts.params, macs=counts.macs), QUANTIZE)
+    assignment = Assignment(0, 0, dense, Footprint(params=counts.params, macs=counts.macs), QUANTIZE)
     row: dict[str, Any] = {"network": name, "target": target}
     started = time.perf_counter()
     try:

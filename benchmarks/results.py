@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from compressor.report import Footprint, read_report
+from compressor.report import Footprint, images_trained, read_report
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
@@ -46,7 +46,7 @@ def record(run: Path, name: str) -> None:
     data = report.to_json()
     kept: dict[str, Any] = {key: data[key] for key in KEPT if key in data}
     kept["stages"] = [
-        {"type": s["type"], "seconds": s["seconds"], "images_trained": _images(s), "footprint": s["footprint"]}
+        {"type": s["type"], "seconds": s["seconds"], "images_trained": images_trained(s), "footprint": s["footprint"]}
         for s in data["stages"]
     ]
     (HERE / "results").mkdir(exist_ok=True)
@@ -83,12 +83,6 @@ def without_folders(value: Any) -> Any:
     if isinstance(value, str):
         return Path(value).name if Path(value).is_absolute() else FOLDERS.sub("", value)
     return value
-
-
-def _images(stage: dict[str, Any]) -> int:
-    """Images a stage trained on, each pass counted."""
-    details = stage["details"]
-    return int(details.get("images", 0)) + sum(int(part["images"]) for part in details.get("recovery", []))
 
 
 def table() -> None:

@@ -205,7 +205,7 @@ def bench_target(target: Path, *, calls: int = 100, threads: int | None = None, 
     Raises:
         DataError: Neither a run folder with artifacts nor a published IR.
     """
-    candidates = {name: replace(c, images=_random_images(c.xml)) for name, c in _candidates(target).items()}
+    candidates = {name: replace(c, images=random_images(c.xml)) for name, c in candidates_of(target).items()}
     images = next(iter(candidates.values())).images
     assert images is not None
     latency = measure_latency(candidates, images, calls=calls, threads=threads)
@@ -219,7 +219,7 @@ def bench_target(target: Path, *, calls: int = 100, threads: int | None = None, 
     }
 
 
-def _random_images(xml: Path) -> NDArray[np.uint8]:
+def random_images(xml: Path) -> NDArray[np.uint8]:
     """A few images (8, h, w, 3) of the size that a published IR's network takes."""
     size = network_size(xml)
     if size is None:
@@ -227,7 +227,12 @@ def _random_images(xml: Path) -> NDArray[np.uint8]:
     return np.random.default_rng(0).integers(0, 256, (8, *size, 3), dtype=np.uint8)
 
 
-def _candidates(target: Path) -> dict[str, Candidate]:
+def candidates_of(target: Path) -> dict[str, Candidate]:
+    """What there is to time of a run folder, or of one IR; without images.
+
+    Raises:
+        DataError: It is neither.
+    """
     if target.suffix == ".xml":
         return {"f32": Candidate(target, F32), "default": Candidate(target)}
     folder = target / "artifacts"

@@ -38,7 +38,7 @@ from compressor.stage_targets import (
 )
 from compressor.target_search import Probe, meet_targets, refuse_out_of_reach
 
-SENSITIVITY_BN_BATCHES = 4  # of 32: enough to compare groups by
+SENSITIVITY_BN_BATCHES = 4  # of 32 images, for each cut of each group: as many as are usually judged
 
 
 def _apply_plan(module: nn.Module, plan: PrunePlan, context: Context, work: Work) -> None:
@@ -98,7 +98,7 @@ def prune_stage(module: nn.Module, stage: spec.Prune, context: Context, assignme
                 model=model,
             )
             if stage.sensitivity_images is not None:
-                choice = _compared_by_damage(choice, stage.sensitivity_images, context, assignment)
+                choice = _compared_by_damage(choice, stage.sensitivity_images, context, assignment, work)
             reached["full"] = reached["full"] or {group.name: group.channels for group in choice.groups}
             if i == 0 and counts:  # whether the end can be reached is known before the first step
                 choice.plan(counts)
@@ -125,8 +125,8 @@ def prune_stage(module: nn.Module, stage: spec.Prune, context: Context, assignme
         work.details |= {"targets": targets, "binding_target": binding(targets)}
 
 
-def _compared_by_damage(choice: Choice, images: int, context: Context, assignment: Assignment) -> Choice:
-    """The same choice, with scores that say what the network's answers were measured to lose."""
+def _compared_by_damage(choice: Choice, images: int, context: Context, assignment: Assignment, work: Work) -> Choice:
+    """The same choice, with scores that say what the network's answers were measured to lose; the report has it too."""
     train = context.data.train
     damage = damage_of(
         choice.module,
@@ -138,7 +138,7 @@ def _compared_by_damage(choice: Choice, images: int, context: Context, assignmen
         seed=assignment.seed,
         device=context.device,
     )
-    scores = scores_by_damage(
+    scores, damages = scores_by_damage(
         choice.module,
         choice.example,
         choice.groups,
@@ -146,6 +146,9 @@ def _compared_by_damage(choice: Choice, images: int, context: Context, assignmen
         damage,
         round_to=choice.stage.round_to,
         min_channels=choice.stage.min_channels,
+    )
+    work.details.setdefault("damage", []).append(
+        {name: [{"ratio": ratio, "nats": nats} for ratio, nats in cuts.items()] for name, cuts in damages.items()}
     )
     return dataclasses.replace(choice, scores=scores)
 

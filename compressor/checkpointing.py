@@ -91,7 +91,7 @@ def _forward(block: nn.Module, forward: Callable[..., Any], *inputs: Any, **opti
     """What a checkpointed block does when it is called."""
     if not block.training:
         return forward(*inputs, **options)
-    device = next(value.device.type for value in inputs if isinstance(value, Tensor))
+    device = next((value.device.type for value in inputs if isinstance(value, Tensor)), "cpu")
     return checkpoint(
         forward,
         *inputs,

@@ -19,7 +19,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from compressor.report import Report
-    from compressor.study_spec import LoadedStudy
+    from compressor.study_spec import FigureKind, LoadedStudy
 
 
 class LiveHandler(logging.Handler):
@@ -233,17 +233,16 @@ def _accuracy(figure: dict[str, Any]) -> str:
     return "whole" if figure["accuracy"] is None else f"{figure['accuracy']:.3f}"
 
 
-STUDY_COLUMNS = {
-    "accuracy": ("test acc.\n%", 100.0, "{:.1f}"),
-    "throughput_fps": ("images/s\n", 1.0, "{:.0f}"),
-    "latency_ms": ("latency\nms", 1.0, "{:.2f}"),
-    "training_avg_memory_bytes": ("training\navg MB", 1e-6, "{:.0f}"),
-    "training_peak_memory_bytes": ("training\npeak MB", 1e-6, "{:.0f}"),
-    "epoch_s": ("epoch\ns", 1.0, "{:.1f}"),
-    "params": ("params\nM", 1e-6, "{:.2f}"),
-    "macs": ("MACs\nM", 1e-6, "{:.0f}"),
-    "size_bytes": ("IR\nMB", 1e-6, "{:.1f}"),
-}
+STUDY_COLUMNS = (
+    "accuracy",
+    "latency_ms",
+    "training_avg_memory_bytes",
+    "training_peak_memory_bytes",
+    "epoch_s",
+    "params",
+    "macs",
+    "size_bytes",
+)
 
 
 def show_planned(loaded: "LoadedStudy") -> None:
@@ -259,14 +258,16 @@ def show_planned(loaded: "LoadedStudy") -> None:
 
 def show_study(study: dict[str, Any], out: Path) -> None:
     """Rows with their means and deviations, who dominates whom, what failed."""
+    from compressor.study_spec import FIGURES
+
     console = Console()
     table = Table(title=study["title"], box=None, pad_edge=False)
     table.add_column("row", overflow="fold")
     table.add_column("seeds\n", justify="right")
-    for heading, _, _ in STUDY_COLUMNS.values():
-        table.add_column(heading, justify="right", no_wrap=True)
+    for name in STUDY_COLUMNS:
+        table.add_column(f"{FIGURES[name].label}, {FIGURES[name].unit}", justify="right", overflow="fold")
     for row in study["rows"]:
-        cells = [_mean(row["figures"].get(name), unit, form) for name, (_, unit, form) in STUDY_COLUMNS.items()]
+        cells = [_mean(row["figures"].get(name), FIGURES[name]) for name in STUDY_COLUMNS]
         mark = "* " if row["name"] in study["pareto_set"] else "  "
         table.add_row(Text(mark + row["name"]), str(len(row["runs"])), *cells)
     console.print(table)
@@ -287,9 +288,9 @@ def show_study(study: dict[str, Any], out: Path) -> None:
         console.print(f"  {out / name}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _mean(figure: dict[str, Any] | None, unit: float, form: str) -> str:
+def _mean(figure: dict[str, Any] | None, kind: "FigureKind") -> str:
     """A mean with its deviation over seeds, or nothing where nobody measured."""
     if figure is None:
         return ""
-    spread = "" if figure["deviation"] is None else f" ±{form.format(figure['deviation'] * unit)}"
-    return form.format(figure["mean"] * unit) + spread
+    values = [figure["mean"], *([] if figure["deviation"] is None else [figure["deviation"]])]
+    return " ±".join(kind.form.format(value * kind.scale) for value in values)

@@ -49,14 +49,18 @@ class Context:
 class Assignment:
     """What one stage is told besides its entry in the recipe."""
 
-    where: str  # key path of the stage in the recipe, for messages
+    index: int  # of the stage in the recipe
     seed: int
     teacher: nn.Module | None  # the frozen baseline, for distillation and for latencies in fractions of its own
     baseline: Footprint  # what targets such as `0.4x` are fractions of
     quantize: tuple[str, Quantize] | None = None  # the quantize stage that follows and its key path: what latency means
     finetune: tuple[int, Finetune] | None = None  # the next finetune and its index: what retraining means
     start: Network | None = None  # what the stage is given: how another process rebuilds a network that comes of it
-    index: int = 0  # of the stage in the recipe
+
+    @property
+    def where(self) -> str:
+        """Key path of the stage in the recipe, for messages."""
+        return f"stages[{self.index}]"
 
 
 def assignment_of(
@@ -72,7 +76,7 @@ def assignment_of(
     after = list(enumerate(stages))[index + 1 :]
     quantize = next(((f"stages[{i}]", stage) for i, stage in after if isinstance(stage, Quantize)), None)
     finetune = next(((i, stage) for i, stage in after if isinstance(stage, Finetune)), None)
-    return Assignment(f"stages[{index}]", seed, teacher, baseline, quantize, finetune, start, index)
+    return Assignment(index, seed, teacher, baseline, quantize, finetune, start)
 
 
 @dataclass

@@ -6,7 +6,7 @@ Invariant: what is chosen was measured, in a process of its own, with the very o
 import dataclasses
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +50,13 @@ def combinations(options: Training, *, blocks: bool, bf16: bool) -> Iterator[dic
 
 
 def within_limit(
-    network: Network, options: Training, index: int, context: Context, assignment: Assignment
+    network: Network, options: Training, context: Context, assignment: Assignment
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Find the first combination of levers whose training stays below the limit.
 
     Args:
         network: What is trained, as the stage is given it.
-        options: Of the stage `index`, with a limit.
-        index: Of the stage in the recipe.
+        options: Of the stage, with a limit.
         context: Of the stage.
         assignment: Of the stage; its teacher is the dense network that a fraction refers to, where there is one.
 
@@ -74,28 +73,30 @@ def within_limit(
     if reason := unrebuildable(network.architecture):
         raise RecipeError(f"{where}: {reason}")
 
-    def measured(what: Network, levers: dict[str, Any]) -> dict[str, Any]:
+    def measured(what: Network, levers: Mapping[str, Any]) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix=".levers", dir=context.run_dir) as room:
             save_network(Path(room), what)
-            architecture = network.architecture
-            found = retraining_memory(context.run_dir, Path(room), index, context.precision, architecture, levers)
+            found = retraining_memory(
+                context.run_dir, Path(room), assignment.index, context.precision, what.architecture, levers
+            )
         if "error" in found:
             raise ResourceError(f"{where}: training could not be measured: {found['error']}")
         return found
 
-    dense = network
-    if assignment.teacher is not None:
+    as_told = measured(network, {})
+    dense = as_told["peak_bytes"]  # a leading finetune trains the dense network itself
+    if limit.relative and assignment.teacher is not None:
         full = context.baseline_data.spec
-        dense = dataclasses.replace(
-            network, module=assignment.teacher, edits=(), quantizer=None, input=(3, full.height, full.width)
-        )
-    most = limit.resolve(measured(dense, {})["peak_bytes"] if limit.relative else None)
+        size = (3, full.height, full.width)
+        baseline = dataclasses.replace(network, module=assignment.teacher, edits=(), quantizer=None, input=size)
+        dense = measured(baseline, {})["peak_bytes"]
+    most = limit.resolve(dense)
     open_precision = options.precision == "auto" and context.precision != "bfloat16"
     bf16 = open_precision and choose_precision("auto", context.device) is torch.bfloat16
     blocks = network.quantizer is None and bool(blocks_of(network.module))
     tried = []
     for levers in combinations(options, blocks=blocks, bf16=bf16):
-        found = measured(network, levers)
+        found = measured(network, levers) if levers else as_told
         tried.append({"levers": levers, **{key: found[key] for key in ("average_bytes", "peak_bytes")}})
         log.info("%s: %s MB with %s", where, f"{found['peak_bytes'] / 1e6:.0f}", _named(levers))
         if found["peak_bytes"] <= most:

@@ -84,6 +84,13 @@ class Report:
         return dataclasses.asdict(self)
 
 
+def images_trained(stage: Mapping[str, Any]) -> int:
+    """Images that a stage of a report trained on, each pass counted: itself, and in trainings inside it."""
+    details = stage["details"]
+    inside = [*details.get("recovery", ()), *filter(None, [details.get("sparsify")])]
+    return int(details.get("images", 0)) + sum(int(training["images"]) for training in inside)
+
+
 def write_report(path: Path, report: Report) -> None:
     """Write `report.json` atomically."""
     write_json(path, report.to_json())

@@ -135,7 +135,7 @@ def _finetune(network: Network, stage: spec.Finetune, context: Context, assignme
     levers: dict[str, Any] = {}
     found = None
     if stage.memory.limit is not None:
-        levers, found = within_limit(network, stage, assignment.index, context, assignment)
+        levers, found = within_limit(network, stage, context, assignment)
     with measure_memory() as memory:
         result = train(network.module, stage, context, assignment, levers=levers)
     work.memory, work.train_time_s, work.val_accuracy = memory, result.seconds, result.val_accuracy

@@ -8,17 +8,15 @@ import io
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from compressor import environment
 from compressor.artifacts import atomic_write, write_json
-from compressor.benchmark import Candidate, measure_latency
-from compressor.errors import RecipeError
-from compressor.report import Report, read_report
+from compressor.benchmark import Candidate, candidates_of, measure_latency, random_images
+from compressor.errors import DataError, RecipeError
+from compressor.report import Report, images_trained, read_report
 from compressor.study_chart import study_svg
 from compressor.study_figures import compare, figures_of, row_figures
 from compressor.study_processes import BUDGET_MISSED, run_all
@@ -28,7 +26,6 @@ log = logging.getLogger(__name__)
 
 STUDY_VERSION = 1
 TURNS = 100  # timed calls of each published IR, in turns
-TIMED_IMAGES = 8
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class Failure:
 
 def run_study(
     path: Path,
-    out: Path,
+    study_dir: Path,
     *,
     scale: str | None = None,
     overrides: Sequence[str] = (),
@@ -61,12 +58,13 @@ def run_study(
 ) -> dict[str, Any]:
     """Run what is not there yet of a study, and compare all that is.
 
-    A run is there if `OUT/runs/ROW/seedN/report.json` is, for the very recipe that the study asks for; the other files
-    of the run are only needed to time all results in turns. What was interrupted goes on from its last finished stage.
+    A run is there if `STUDY_DIR/runs/ROW/seedN/report.json` is, for the very recipe that the study asks for; the other
+    files of the run are only needed to time all results in turns. What was interrupted goes on from its last finished
+    stage.
 
     Args:
         path: The study's file.
-        out: Folder for the runs, their logs, `study.json`, `study.csv` and `pareto.svg`; made if need be.
+        study_dir: Folder for the runs, their logs, `study.json`, `study.csv` and `pareto.svg`; made if need be.
         scale: One of the study's scales.
         overrides: `PATH=VALUE` texts for every recipe.
         jobs: Runs at once. Times and latencies measured beside other runs are not comparable; a note says so.
@@ -77,23 +75,23 @@ def run_study(
         What `study.json` holds.
 
     Raises:
-        RecipeError: The study is wrong, or `out` has runs of other recipes.
+        RecipeError: The study is wrong, or `study_dir` has runs of other recipes.
     """
     loaded = load_study(path, scale=scale, overrides=overrides)
-    folders = {planned: out / "runs" / planned.folder / f"seed{planned.seed}" for planned in loaded.runs}
+    folders = {planned: study_dir / "runs" / planned.folder / f"seed{planned.seed}" for planned in loaded.runs}
     if not force:
         _refuse_strangers(folders)
-    (out / "logs").mkdir(parents=True, exist_ok=True)
+    (study_dir / "logs").mkdir(parents=True, exist_ok=True)
     left = [planned for planned in loaded.runs if _report_of(planned, folders[planned]) is None]
     log.info("%s: %d runs, %d of them left", loaded.study.title, len(folders), len(left))
     failures = []
-    with closing(run_all(left, folders, out / "logs", jobs=jobs, device=device)) as ended:
+    with closing(run_all(left, folders, study_dir / "logs", jobs=jobs, device=device)) as ended:
         for done, (planned, code, message) in enumerate(ended, 1):
             log.info("%d of %d: %s, seed %d: %s", done, len(left), planned.row, planned.seed, message)
             if code not in (0, BUDGET_MISSED):
                 failures.append(Failure(planned, code, message))
-            _publish(loaded, folders, failures, out, jobs, final=False)
-    return _publish(loaded, folders, failures, out, jobs, final=True)
+            _publish(loaded, folders, failures, study_dir, jobs, final=False)
+    return _publish(loaded, folders, failures, study_dir, jobs, final=True)
 
 
 def _report_of(planned: PlannedRun, folder: Path) -> Report | None:
@@ -121,7 +119,7 @@ def _publish(
     loaded: LoadedStudy,
     folders: Mapping[PlannedRun, Path],
     failures: Sequence[Failure],
-    out: Path,
+    study_dir: Path,
     jobs: int,
     *,
     final: bool,
@@ -133,10 +131,10 @@ def _publish(
         if (report := _report_of(planned, folder)) is not None
     ]
     study = study_json(loaded, finished, failures, jobs, _timed_in_turns(finished) if final else None)
-    write_json(out / "study.json", study)
-    atomic_write(out / "study.csv", as_csv(study))
+    write_json(study_dir / "study.json", study)
+    atomic_write(study_dir / "study.csv", as_csv(study))
     if any(row["figures"] for row in study["rows"]):
-        atomic_write(out / "pareto.svg", study_svg(study))
+        atomic_write(study_dir / "pareto.svg", study_svg(study))
     return study
 
 
@@ -146,20 +144,18 @@ def _timed_in_turns(finished: Sequence[Finished]) -> dict[str, float] | None:
     The first seed's: the clock does not mind which weights a network has.
     """
     candidates: dict[str, Candidate] = {}
-    for run in finished:
-        if run.planned.row in candidates:
-            continue
-        size = run.report.recipe["input"]["size"]
-        for stage in run.report.recipe["stages"]:
-            size = stage["size"] if stage["type"] == "reduce_resolution" else size
-        best = [a.path for a in run.report.artifacts if a.path.endswith(".xml") and "result" in a.path]
-        recommended = [path for path in best if "int8" in path] or best
-        if not recommended or not (run.folder / recommended[0]).is_file():
-            return None
-        images = np.random.default_rng(0).integers(0, 256, (TIMED_IMAGES, *size, 3), np.uint8)
-        candidates[run.planned.row] = Candidate(run.folder / recommended[0], images=images)
+    try:
+        for run in finished:
+            if run.planned.row not in candidates:
+                result = candidates_of(run.folder)["result"]
+                candidates[run.planned.row] = replace(result, images=random_images(result.xml))
+    except DataError as error:
+        log.warning("results are not timed in turns: %s", error)
+        return None
     if not candidates:
         return None
+    images = next(iter(candidates.values())).images
+    assert images is not None
     return {row: timed.median_ms for row, timed in measure_latency(candidates, images, calls=TURNS).items()}
 
 
@@ -230,11 +226,7 @@ def _run_json(run: Finished, in_turns: Mapping[str, float] | None) -> dict[str, 
     figures = figures_of(report)
     if in_turns is not None:
         figures["latency_ms"] = in_turns[run.planned.row]
-    trained = sum(
-        int(stage["details"].get("images", 0))
-        + sum(int(part["images"]) for part in stage["details"].get("recovery", []))
-        for stage in report.stages
-    )
+    trained = sum(images_trained(stage) for stage in report.stages)
     return {
         "seed": run.planned.seed,
         "status": report.verdict["status"],

@@ -7,22 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compressor.chart import as_svg
+from compressor.study_spec import FIGURES
 
-UNITS = {
-    "accuracy": ("test accuracy, %", 100.0),
-    "throughput_fps": ("images a second", 1.0),
-    "latency_ms": ("latency of the IR, ms", 1.0),
-    "latency_p95_ms": ("95th percentile of latency, ms", 1.0),
-    "torch_latency_ms": ("latency in PyTorch, ms", 1.0),
-    "params": ("parameters, million", 1e-6),
-    "macs": ("multiply-accumulates, million", 1e-6),
-    "size_bytes": ("size of the IR, MB", 1e-6),
-    "training_avg_memory_bytes": ("average memory while training, MB", 1e-6),
-    "training_peak_memory_bytes": ("peak memory while training, MB", 1e-6),
-    "epoch_s": ("an epoch of training, s", 1.0),
-    "best_epoch_s": ("training until the best epoch, s", 1.0),
-    "train_time_s": ("training, s", 1.0),
-}
 ON_FRONT, DOMINATED, PUBLISHED = "#0072B2", "#999999", "#D55E00"
 
 
@@ -36,7 +22,7 @@ def study_svg(study: Mapping[str, Any]) -> str:
         panels = figure.subplots(1, len(across), sharey=True, squeeze=False)[0]
         for panel, name in zip(panels, across, strict=True):
             _draw(panel, study, name, upward)
-        panels[0].set_ylabel(UNITS[upward][0])
+        panels[0].set_ylabel(_axis(upward))
         panels[0].legend(*_legend(panels), loc="best", fontsize=8)
 
     size = (1.0 + 5.5 * len(across), 5.0)
@@ -44,8 +30,7 @@ def study_svg(study: Mapping[str, Any]) -> str:
 
 
 def _draw(panel: Any, study: Mapping[str, Any], name: str, upward: str) -> None:
-    label, unit = UNITS[name]
-    rise = UNITS[upward][1]
+    unit, rise = FIGURES[name].scale, FIGURES[upward].scale
     values = [row["figures"][name]["mean"] for row in study["rows"] if name in row["figures"]]
     middle = (min(values, default=0.0) + max(values, default=0.0)) / 2
     for row in study["rows"]:
@@ -84,7 +69,7 @@ def _draw(panel: Any, study: Mapping[str, Any], name: str, upward: str) -> None:
             panel.annotate(
                 published["name"], at, xytext=(5, -10), textcoords="offset points", fontsize=8, style="italic"
             )
-    panel.set_xlabel(label)
+    panel.set_xlabel(_axis(name))
     panel.grid(alpha=0.3)
 
 
@@ -108,7 +93,10 @@ def _description(study: Mapping[str, Any], upward: str, across: Sequence[str]) -
     return "; ".join(told) + "."
 
 
+def _axis(name: str) -> str:
+    return f"{FIGURES[name].label}, {FIGURES[name].unit}"
+
+
 def _in_words(name: str, value: float) -> str:
-    label, scale = UNITS[name]
-    what, _, unit = label.rpartition(", ")
-    return f"{what} {value * scale:.4g} {unit}" if what else f"{value * scale:.4g} {label}"
+    kind = FIGURES[name]
+    return f"{kind.label} {value * kind.scale:.4g} {kind.unit}"

@@ -24,23 +24,47 @@ from compressor.recipe_loader import load_recipe, recipe_hash
 from compressor.schema import Schema, Untitled
 from compressor.strict_yaml import KeyPath, format_path
 
-# What a study compares, and what each figure is. Those of a report's footprint keep its names.
-FIGURES: Mapping[str, str] = {
-    "accuracy": "top-1 on the test split, a fraction",
-    "latency_ms": "median time of the published IR for one image",
-    "latency_p95_ms": "95th percentile of the same",
-    "torch_latency_ms": "median time of the float network in eager PyTorch for one image",
-    "throughput_fps": "images a second, several requests at once",
-    "params": "parameters",
-    "macs": "multiply-accumulates for one image",
-    "size_bytes": "the published IR, .xml and .bin",
-    "training_avg_memory_bytes": "resident memory while the network that is deployed trains, averaged over the time: "
-    "on the device again where it was compressed, else from its start",
-    "training_peak_memory_bytes": "the most of the same",
-    "epoch_s": "one pass over the training images, validation left out: of the last float finetune",
-    "best_epoch_s": "training until the weights that were kept, all stages",
-    "train_time_s": "training, all stages",
+
+@dataclass(frozen=True)
+class FigureKind:
+    """What a figure is, and how people read it: `scale` turns the toolkit's unit into `unit`."""
+
+    meaning: str
+    label: str
+    unit: str
+    scale: float = 1.0
+    form: str = "{:.2f}"
+
+
+# What a study compares. The figures of a report's footprint keep its names.
+FIGURES: Mapping[str, FigureKind] = {
+    "accuracy": FigureKind("top-1 on the test split, a fraction", "test accuracy", "%", 100.0, "{:.1f}"),
+    "latency_ms": FigureKind("median time of the published IR for one image", "latency of the IR", "ms"),
+    "latency_p95_ms": FigureKind("95th percentile of the same", "95th percentile of latency", "ms"),
+    "torch_latency_ms": FigureKind("median time of the float network in eager PyTorch", "latency in PyTorch", "ms"),
+    "throughput_fps": FigureKind("images a second, several requests at once", "throughput", "images/s", 1.0, "{:.0f}"),
+    "params": FigureKind("parameters", "parameters", "million", 1e-6),
+    "macs": FigureKind("multiply-accumulates for one image", "multiply-accumulates", "million", 1e-6, "{:.0f}"),
+    "size_bytes": FigureKind("the published IR, .xml and .bin", "size of the IR", "MB", 1e-6, "{:.1f}"),
+    "training_avg_memory_bytes": FigureKind(
+        "resident memory, averaged over time, while the network that is deployed trains: again, as on a device",
+        "average training memory",
+        "MB",
+        1e-6,
+        "{:.0f}",
+    ),
+    "training_peak_memory_bytes": FigureKind("the most of the same", "peak training memory", "MB", 1e-6, "{:.0f}"),
+    "epoch_s": FigureKind(
+        "a pass over the training images in the last float finetune, validation left out",
+        "an epoch",
+        "s",
+        1.0,
+        "{:.1f}",
+    ),
+    "best_epoch_s": FigureKind("training until the weights that were kept, all stages", "training to the best", "s"),
+    "train_time_s": FigureKind("training, all stages", "training", "s", 1.0, "{:.0f}"),
 }
+_MEANINGS = "; ".join(f"{name} = {kind.meaning}" for name, kind in FIGURES.items())
 FigureName = Literal[
     "accuracy",
     "latency_ms",
@@ -95,7 +119,6 @@ class Row(BaseModel):
         description="Key paths and the values each takes; every combination becomes a row of its own.",
     )
     scales: Mapping[Name, Scale] = Field(default={}, description="What changes at a scale in this row only.")
-    skip: list[Name] = Field(default=[], description="Scales that leave this row out.")
 
 
 class Published(BaseModel):
@@ -114,10 +137,10 @@ class Objectives(BaseModel):
     model_config = STRICT
 
     maximize: Annotated[tuple[FigureName, ...], Field(strict=False)] = Field(
-        default=("accuracy",), description="Figures to be large."
+        default=("accuracy",), description=f"Figures to be large: {_MEANINGS}."
     )
     minimize: Annotated[tuple[FigureName, ...], Field(strict=False)] = Field(
-        default=("latency_ms", "training_avg_memory_bytes"), description="Figures to be small."
+        default=("latency_ms", "training_avg_memory_bytes"), description="Figures to be small, of the same."
     )
 
 
@@ -202,8 +225,6 @@ def load_study(path: Path, *, scale: str | None = None, overrides: Sequence[str]
         raise RecipeError(f"{path}: --scale {scale}: found no such scale, allowed {known}")
     runs, faults = [], []
     for index, row in enumerate(study.rows):
-        if scale in row.skip:
-            continue
         where = places.get(("rows", index), f"{path}:1")
         for variant, changes in _variants(row):
             try:
@@ -264,11 +285,10 @@ def _broken_rules(study: Study) -> Iterator[tuple[KeyPath, str]]:
         yield ("objectives",), "found nothing to maximize or minimize, needs one at least"
     known = ", ".join(study.scales) or "no scale, for the study has none"
     for index, row in enumerate(study.rows):
-        for key, names in (("scales", list(row.scales)), ("skip", row.skip)):
-            for name in names:
-                if name not in study.scales:
-                    near = did_you_mean(name, list(study.scales))
-                    yield ("rows", index, key), f"found {name!r}, allowed {known}{near}"
+        for name in row.scales:
+            if name not in study.scales:
+                near = did_you_mean(name, list(study.scales))
+                yield ("rows", index, "scales"), f"found {name!r}, allowed {known}{near}"
         for key, values in row.grid.items():
             if not values:
                 yield ("rows", index, "grid", key), "found an empty list, needs a value at least"

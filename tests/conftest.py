@@ -10,7 +10,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # processes beside each other that wait
 import pytest
 import torch
 from hypothesis import settings
+from target_stages import fresh_network, time_by_weight, tiny_context
 from tiny_networks import make_images, stand_in
+
+from compressor.checkpoint import Network
+from compressor.context import Context
 
 # The same examples every time, so that a commit does not fail for what another one did; HYPOTHESIS_PROFILE=explore
 # draws new ones. No deadlines: how long an example takes says more about the machine than about the code.
@@ -48,6 +52,22 @@ def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_network() -> Iterator[None]:
     with stand_in():
         yield
+
+
+@pytest.fixture
+def context(tiny_images: Path, tmp_path: Path) -> Context:
+    """What stages may read, for tests of single stages; some files have one of their own."""
+    return tiny_context(tiny_images, tmp_path)
+
+
+@pytest.fixture
+def network() -> Network:
+    return fresh_network()
+
+
+@pytest.fixture
+def counted_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+    time_by_weight(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -59,7 +59,7 @@ def run(
     whole = count(network.module, context.example)
     baseline, teacher = Footprint(params=whole.params, macs=whole.macs), frozen_copy(network.module)
     start = Network(copy.deepcopy(network.module), network.architecture, network.edits, None, network.input)
-    assignment = Assignment("stages[1]", 0, teacher, baseline, quantize, finetune, start)
+    assignment = Assignment(1, 0, teacher, baseline, quantize, finetune, start)
     return run_stage(parsed, network, context, assignment, Work({}, [], []))
 
 

@@ -181,7 +181,7 @@ def really_pruned(run: Path, data: Dataset, folder: Path, group: str, ratio: flo
         if member.kind == "out"
     }
     stage = Prune.model_validate({**PRUNE, "pruning_ratio": ratio, "ignored_scope": sorted(others)})
-    assignment = Assignment("stages[1]", 1, None, Footprint())
+    assignment = Assignment(1, 1, None, Footprint())
     outcome = run_stage(stage, network, context, assignment, Work({}, [], []))
     assert list(outcome.plans[0]["keep"]) == [group]
     return outcome.footprint.val_accuracy, evaluate(outcome.network.module, data.val, data.spec)[1]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
-from target_stages import BASELINE_MS, fresh_network, prune, run, time_by_weight, tiny_context
+from target_stages import BASELINE_MS, prune, run
 from tiny_networks import tiny, write_recipe
 
 from compressor.checkpoint import Network
@@ -17,21 +17,6 @@ from compressor.models.counting import count
 from compressor.pipeline import compress
 from compressor.planning import plan_recipe
 from compressor.recipe import Quantize, Stage
-
-
-@pytest.fixture
-def context(tiny_images: Path, tmp_path: Path) -> Context:
-    return tiny_context(tiny_images, tmp_path)
-
-
-@pytest.fixture
-def network() -> Network:
-    return fresh_network()
-
-
-@pytest.fixture
-def counted_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    time_by_weight(monkeypatch)
 
 
 @pytest.mark.parametrize(

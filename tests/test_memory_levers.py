@@ -267,7 +267,7 @@ def limited(limit: float | str, images: Path, folder: Path, **options: Any) -> O
             **options,
         }
     )
-    assignment = Assignment("stages[2]", 0, None, Footprint(), index=2)
+    assignment = Assignment(2, 0, None, Footprint())
     return run_stage(stage, fresh_network(), tiny_context(images, folder), assignment, Work({}, [], []))
 
 

@@ -8,7 +8,7 @@ import own_networks
 import pytest
 import torch
 from pydantic import ValidationError
-from target_stages import fresh_network, prune, run, tiny_context
+from target_stages import prune, run
 from tiny_networks import QUANTIZE, SHORT, contents, tiny, tiny_recipe, write_recipe
 
 from compressor import retraining, training_memory
@@ -22,16 +22,6 @@ from compressor.recipe import Finetune, Recipe
 MEMORY = {"train_peak_memory_bytes": "0.8x"}
 NEXT = (3, Finetune(steps=5, batch_size=16))
 FLOOR, BATCH = 300_000, 16  # of an interpreter, were networks as large as ours
-
-
-@pytest.fixture
-def context(tiny_images: Path, tmp_path: Path) -> Context:
-    return tiny_context(tiny_images, tmp_path)
-
-
-@pytest.fixture
-def network() -> Network:
-    return fresh_network()
 
 
 @pytest.fixture

@@ -351,7 +351,7 @@ def run(module: nn.Module, context: Context, **options: object) -> Outcome:
     architecture = {"source": "builtin", "name": "xception", "args": {}, "num_classes": 4}
     stage = Quantize(precision="auto", subset_size=4, metric_images=8, **options)  # type: ignore[arg-type]
     network = Network(module, architecture, (), None, (3, 48, 48))
-    return run_stage(stage, network, context, Assignment("stages[1]", 0, None, Footprint()), Work({}, [], []))
+    return run_stage(stage, network, context, Assignment(1, 0, None, Footprint()), Work({}, [], []))
 
 
 def in_int8(network: nn.Module) -> set[str]:

@@ -56,7 +56,7 @@ def measured(network: Chain, **settings: Any) -> tuple[dict[str, Tensor], dict[s
     scores = score_groups(network, groups, kind="magnitude", loss_batches=None, seed=0)
     spec = InputSpec(8, 8)
     damage = damage_of(network, EXAMPLE, train=split(), judged=split(), spec=spec, bn_batches=1, seed=0, device="cpu")
-    by_damage = scores_by_damage(network, EXAMPLE, groups, scores, damage, round_to=4, min_channels=4, **settings)
+    by_damage, _ = scores_by_damage(network, EXAMPLE, groups, scores, damage, round_to=4, min_channels=4, **settings)
     return scores, by_damage, damage
 
 
@@ -106,7 +106,8 @@ def test_a_group_near_its_end_is_dear(network: Chain) -> None:
         (kept,) = plan.keep.values()
         return (1 - len(kept) / 16) ** 2
 
-    found = scores_by_damage(network, EXAMPLE, groups, scores, square, round_to=4, min_channels=4)
+    found, damages = scores_by_damage(network, EXAMPLE, groups, scores, square, round_to=4, min_channels=4)
+    assert damages["first"] == {0.25: 0.0625, 0.5: 0.25}
     steps = found["first"].sort().values
     for removed in (1, 4, 8):
         assert float(steps[:removed].sum()) == pytest.approx((removed / 16) ** 2)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
-from target_stages import fresh_network, prune, run, time_by_weight, tiny_context
+from target_stages import prune, run
 from tiny_networks import SHORT, tiny, write_recipe
 
 from compressor.checkpoint import Network
@@ -22,21 +22,6 @@ from compressor.recipe import Finetune, Prune, Quantize, Stage
 from compressor.stage_targets import stage_keys
 
 INT8 = ("stages[2]", Quantize(subset_size=4))
-
-
-@pytest.fixture
-def context(tiny_images: Path, tmp_path: Path) -> Context:
-    return tiny_context(tiny_images, tmp_path)
-
-
-@pytest.fixture
-def network() -> Network:
-    return fresh_network()
-
-
-@pytest.fixture
-def counted_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    time_by_weight(monkeypatch)
 
 
 def weighed(module: torch.nn.Module, context: Context) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from target_stages import fresh_network, run, tiny_context
+from target_stages import fresh_network, run
 from tiny_networks import DISTILLED, FINETUNE, SHORT, tiny_recipe, write_recipe
 from torch import Tensor, nn
 
@@ -66,11 +66,6 @@ def test_scales_that_stay_are_not_asked_about() -> None:
     assert penalty().item() == pytest.approx(3.0), "three scales of 1 behind c"
     with pytest.raises(RecipeError, match="sparsify: found no channel group with BatchNorm scales"):
         scale_penalty(net, find_groups(net, example, ignored={"a", "b", "c"}))
-
-
-@pytest.fixture
-def context(tiny_images: Path, tmp_path: Path) -> Context:
-    return tiny_context(tiny_images, tmp_path)
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ def run(network: Network, context: Context) -> Run:
 
     def run_one(work: Work | None = None, **stage: Any) -> Outcome:
         parsed: Any = TypeAdapter(Stage).validate_python(stage)
-        assignment = Assignment("stages[2]", 0, teacher, Footprint(params=whole.params, macs=whole.macs))
+        assignment = Assignment(2, 0, teacher, Footprint(params=whole.params, macs=whole.macs))
         return run_stage(parsed, network, context, assignment, work or Work({}, [], []))
 
     return run_one

@@ -48,7 +48,7 @@ def write(folder: Path, **study: Any) -> Path:
 
 def test_grids_scales_and_rows_are_laid_over_each_other(tmp_path: Path) -> None:
     rows = [
-        {"name": "plain", "recipe": "recipe.yaml", "skip": ["large"]},
+        {"name": "plain", "recipe": "recipe.yaml", "scales": {"large": {"seeds": [1]}}},
         {
             "name": "tried",
             "recipe": "recipe.yaml",
@@ -68,11 +68,13 @@ def test_grids_scales_and_rows_are_laid_over_each_other(tmp_path: Path) -> None:
         "tried[learning_rate=0.1,size=96]",
     ]
     large = load_study(path, scale="large", overrides=["stages[0].learning_rate=0.5"])
-    assert {run.seed for run in large.runs} == {7}  # the row's own seeds, and `plain` left out
-    stages = [run.recipe.stages[0].model_dump() for run in large.runs]
+    assert [(run.row, run.seed) for run in large.runs if run.row == "plain"] == [("plain", 1)]  # the row's own seeds
+    tried = [run for run in large.runs if run.row != "plain"]
+    assert {run.seed for run in tried} == {7}
+    stages = [run.recipe.stages[0].model_dump() for run in tried]
     assert {(s["epochs"], s["batch_size"], s["learning_rate"]) for s in stages} == {(9, 4, 0.5)}
-    assert {run.recipe.input.size for run in large.runs} == {(64, 64), (96, 96)}
-    assert len({run.hash_with({}) for run in large.runs}) == 2
+    assert {run.recipe.input.size for run in tried} == {(64, 64), (96, 96)}
+    assert len({run.hash_with({}) for run in tried}) == 2
 
 
 @pytest.mark.parametrize(
@@ -83,7 +85,7 @@ def test_grids_scales_and_rows_are_laid_over_each_other(tmp_path: Path) -> None:
         ({"rows": [{**ROWS[0], "recipe": "recipee.yaml"}]}, r"row dense: .*recipee.yaml: does not exist; did you mean"),
         ({"rows": [{**ROWS[0], "set": {"stages[0].epoch": 3}}]}, r"row dense: .*stages\[0\].epoch: found an unknown"),
         ({"rows": [ROWS[0], {**ROWS[0]}]}, r"rows: found 'dense' twice"),
-        ({"rows": [{**ROWS[0], "skip": ["smal"]}], "scales": {"small": {}}}, r"found 'smal', allowed small"),
+        ({"rows": [{**ROWS[0], "scales": {"smal": {}}}], "scales": {"small": {}}}, r"found 'smal', allowed small"),
         ({"rows": [{**ROWS[0], "name": "No Spaces"}]}, r"rows\[0\].name: found 'No Spaces', allowed lower-case"),
         ({"objectives": {"maximize": [], "minimize": []}}, "needs one at least"),
         ({"objectives": {"minimize": ["latency"]}}, r"objectives.minimize\[0\]: found 'latency'.*latency_ms"),

@@ -135,7 +135,7 @@ def scores_by_damage(
     *,
     round_to: int,
     min_channels: int,
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], dict[str, dict[float, float]]]:
     """Scores that can be compared between groups: they add up to what a group's removal was measured to do.
 
     Scores from weights or gradients say which channel of a group goes first, but a tenth of a small early layer can be
@@ -153,9 +153,10 @@ def scores_by_damage(
         min_channels: Likewise.
 
     Returns:
-        A score for each channel of the groups that can be cut; those of other groups as they were.
+        A score for each channel of the groups that can be cut, those of other groups as they were; and for each group
+        that was cut the share of its channels that went and the damage that did.
     """
-    measured = dict(scores)
+    measured, damages = dict(scores), {}
     for group in groups:
         if not group.prunable:
             continue
@@ -167,10 +168,11 @@ def scores_by_damage(
                 if share not in points:
                     points[share] = max(damage(plan), LEAST_DAMAGE)
         if points:
+            damages[group.name] = points
             values = _increments(points, group.channels)
             ascending = scores[group.name].argsort(stable=True)
             measured[group.name] = torch.empty(group.channels, dtype=torch.float64).index_copy(0, ascending, values)
-    return measured
+    return measured, damages
 
 
 def _increments(points: Mapping[float, float], channels: int) -> Tensor:
