@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import yaml
 from compressor import study_processes
 from compressor.cli import main
 from compressor.errors import RecipeError
-from compressor.report import Footprint, Report, read_report
+from compressor.report import Footprint, Report, images_trained, read_report
 from compressor.study import run_study
 from compressor.study_figures import compare, figures_of, row_figures
 from compressor.study_spec import FIGURES, FigureName, Objectives, load_study, schema_text
@@ -226,6 +227,24 @@ def test_what_is_finished_is_not_run_again(
     ]
 
 
+def test_latencies_of_different_hours_are_said_to_be_such(
+    done: tuple[Path, Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Reports alone are enough to compare runs, as after moving them to another machine."""
+    path, out, study = done
+    for row in ("dense", "longer"):
+        kept = tmp_path / "runs" / row / "seed0"
+        kept.mkdir(parents=True)
+        shutil.copy(out / "runs" / row / "seed0" / "report.json", kept)
+    monkeypatch.setattr("compressor.study.run_all", lambda *_, **__: (never for never in ()))
+    again = run_study(path, tmp_path)
+    assert any(note.startswith("latency_ms: as each run measured it") for note in again["notes"])
+    assert not any(note.startswith("latency_ms") for note in study["notes"])
+    for row in again["rows"][:2]:
+        report = read_report(tmp_path / "runs" / row["name"] / "seed0" / "report.json")
+        assert row["runs"][0]["figures"]["latency_ms"] == report.result.latency_ms
+
+
 def test_runs_of_other_recipes_are_not_taken_for_this_study(done: tuple[Path, Path, dict[str, Any]]) -> None:
     path, out, _ = done
     with pytest.raises(RecipeError, match=r"seed0 and 1 more: finished for another recipe.*--force"):
@@ -301,6 +320,13 @@ def test_figures_by_hand() -> None:
     assert "accuracy" not in figures
     from_its_start = figures_of(report_with(Footprint(train_avg_memory_bytes=500), ()))
     assert from_its_start == {"training_avg_memory_bytes": 500.0, "torch_latency_ms": 4.0}
+
+
+def test_all_trainings_of_a_stage_count() -> None:
+    assert images_trained({"details": {}}) == 0
+    assert images_trained({"details": {"images": 300, "history": []}}) == 300
+    inside = {"recovery": [{"images": 10}, {"images": 20}], "sparsify": {"images": 5}}
+    assert images_trained({"details": inside}) == 35
 
 
 def test_rows_are_averaged_over_seeds() -> None:
