@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from compressor.checkpoint import Network
 from compressor.data import Dataset
 from compressor.data.batches import Augment
-from compressor.distillation import Distillation
+from compressor.distillation import Distillation, mimicking
 from compressor.errors import RecipeError
 from compressor.feed import Frozen, freezing, parameters_of
-from compressor.inference import reestimate_batchnorm, visiting
+from compressor.inference import choose_precision, reestimate_batchnorm, visiting
 from compressor.memory import MemoryUse, joined, measure_memory
 from compressor.pruning.groups import resolve_scope
 from compressor.recipe_stages import Finetune, Quantize, Stage
@@ -132,6 +132,39 @@ def freezing_as_told(
         yield frozen
 
 
+@contextmanager
+def distilling_as_told(
+    module: nn.Module, options: Training, context: Context, assignment: Assignment
+) -> Iterator[Distillation | None]:
+    """What `options.distill` asks of a network that is on the context's device, its teacher too.
+
+    Raises:
+        UnsupportedModelError: features are asked for, and see `mimicking`.
+    """
+    if options.distill is None:
+        yield None
+        return
+    assert assignment.teacher is not None, "the recipe validator demands a baseline before distillation"
+    shown = (context.full_size.train, context.full_size.spec) if context.full_size else None
+    told = Distillation(assignment.teacher, options.distill.temperature, options.distill.weight, shown)
+    if not options.distill.features:
+        yield told
+        return
+    precision = context.precision if options.precision == "auto" else options.precision
+    with mimicking(
+        module,
+        assignment.teacher,
+        weight=options.distill.features,
+        train=context.data.train,
+        spec=context.data.spec,
+        shown=shown,
+        dtype=choose_precision(precision, context.device),
+        device=context.device,
+        seed=assignment.seed,
+    ) as mimicry:
+        yield dataclasses.replace(told, mimicry=mimicry)
+
+
 def loop_options(options: Training, precision: str) -> dict[str, Any]:
     """What of a recipe's options `finetune` takes as it is; distillation and freezing need more than the recipe.
 
@@ -169,15 +202,11 @@ def train(
         penalty: See `finetune`.
         levers: Options of the loop that replace the recipe's, see `memory_levers`.
     """
-    distill = None
-    if options.distill is not None:
-        assert assignment.teacher is not None, "the recipe validator demands a baseline before distillation"
-        shown = (context.full_size.train, context.full_size.spec) if context.full_size else None
-        distill = Distillation(assignment.teacher, options.distill.temperature, options.distill.weight, shown)
     data = context.data
     where = f"{assignment.where}.{key}" if key else assignment.where
     with (
-        visiting(context.device, module, *([distill.teacher] if distill else [])),
+        visiting(context.device, module, *([assignment.teacher] if options.distill and assignment.teacher else [])),
+        distilling_as_told(module, options, context, assignment) as distill,
         freezing_as_told(
             module, options, where=where, folder=context.run_dir, example=context.example.to(context.device)
         ) as frozen,

@@ -69,6 +69,14 @@ class Distill(BaseModel):
     weight: float = Field(
         default=0.5, gt=0, le=1, description="Share of the distillation loss; the labels' loss has the rest."
     )
+    features: float = Field(
+        default=0.0,
+        ge=0,
+        le=1000,
+        description="Weight, beside the rest, of having before the classifier what the baseline has there: squared "
+        "error over its variance, through a linear map where widths differ. With few images this keeps more of what a "
+        "pretrained network knows than its answers do (arXiv 2202.07861); 0 = off.",
+    )
 
 
 class Memory(BaseModel):

@@ -208,14 +208,15 @@ def finetune(
     per_epoch = len(train.labels) // batch_size
     total = steps if steps is not None else per_epoch * (epochs or 1)
     epochs = math.ceil(total / per_epoch)
-    opt = make_optimizer(module, optimizer, learning_rate, weight_decay)
+    bridges = [distill.mimicry.bridge] if distill and distill.mimicry else []
+    opt = make_optimizer(nn.ModuleList([module, *bridges]), optimizer, learning_rate, weight_decay)
     factor = schedule_factor(schedule, warmup)
     average = WeightAverage(module, ema) if ema else None
     shown = distill.shown if distill else None
     feed = open_feed(
         module, frozen, train=train, val=val, spec=spec, augment=augment, dtype=dtype, device=device, shown=shown
     )
-    answers = Answers(distill.teacher, feed.rows, device) if distill else None
+    answers = Answers(distill, feed.rows, device) if distill else None
 
     result = TrainingResult(precision=str(dtype).removeprefix("torch."))
     good = snapshot(module)
@@ -339,10 +340,13 @@ def _backward(
     for part in _parts(count, micro_batch):
         with arithmetic(dtype, batch.inputs.device.type):
             outputs = logits_of(trained(batch.inputs[part]))
-        answers = None if targets is None else targets[part]
+        answers = None if targets is None else targets[part, : outputs.shape[1]]
         labels = batch.labels[part]
         other = blend and (blend[0][part], blend[1][part])
-        loss = loss_of(outputs.float(), labels, label_smoothing, answers, distill, other) * (len(labels) / count)
+        loss = loss_of(outputs.float(), labels, label_smoothing, answers, distill, other)
+        if targets is not None and distill is not None and distill.mimicry is not None:
+            loss = loss + distill.mimicry.loss(targets[part, outputs.shape[1] :])
+        loss = loss * (len(labels) / count)
         loss.backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
     return total

@@ -153,7 +153,8 @@ def test_a_teacher_sees_what_its_student_sees_at_its_own_size(
 def test_a_run_is_measured_at_the_size_that_is_deployed(
     tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stages = ({**FINETUNE, "epochs": 2}, {**SMALLER, "size": 34}, DISTILLED, QUANTIZE, DISTILLED)
+    taught = {**DISTILLED, "distill": {**DISTILLED["distill"], "features": 1.0}}
+    stages = ({**FINETUNE, "epochs": 2}, {**SMALLER, "size": 34}, DISTILLED, QUANTIZE, taught)
     recipe = write_recipe(tmp_path / "recipe.yaml", tiny_images, *stages, budget={"macs": "0.6x"})
     report = compress(recipe, tmp_path / "run")
     assert report.passed, report.verdict
