@@ -43,7 +43,7 @@ NETWORKS = {
     "mobilenetv2_100": ("timm", "mobilenetv2_100"),
     "resnet18": ("timm", "resnet18"),
 }
-CALLS = 300
+CALLS, ROUNDS = 300, 5
 QUANTIZE = ("stages[1]", Quantize(subset_size=32))
 
 
@@ -82,7 +82,7 @@ def tried(name: str, module: nn.Module, target: str, context: Context) -> dict[s
         save_ir(convert_float_ir(dense, context.data.spec, context.data.labels), files["dense"])
         save_ir(deployed_ir(network, QUANTIZE[1], context, where=QUANTIZE[0]), files["result"])
         candidates = {"dense": Candidate(files["dense"], F32), "result": Candidate(files["result"])}
-        times = measure_latency(candidates, np.asarray(context.data.train.images[:8]), calls=CALLS)
+        times = measure_latency(candidates, np.asarray(context.data.train.images[:8]), calls=CALLS, rounds=ROUNDS)
     fraction = times["result"].median_ms / times["dense"].median_ms
     asked = float(target.removesuffix("x"))
     found = work.details["targets"]["latency_ms"]

@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino as ov
 from numpy.typing import NDArray
 
+from compressor.energy import joules_between, read_counters
 from compressor.environment import BF16_FEATURES, INT8_FEATURES, cpu_flags
 from compressor.errors import DataError
 from compressor.openvino_core import core
 from compressor.runtime import DEFAULT, F32, compile_ir, network_size, stream
 
+ROUNDS = 3  # a compiled network keeps the luck of where its memory lies: each round compiles all anew
 _TURN_CALLS = 5
 _THROUGHPUT_TURNS = 3
 _CONVOLUTIONS = ("Convolution", "GroupConvolution")
@@ -46,6 +49,14 @@ class Latency:
     threads: int
 
 
+@dataclass(frozen=True)
+class Throughput:
+    """Several requests at once. `joules_per_image` is of the whole processor; None where it has no counters."""
+
+    fps: float
+    joules_per_image: float | None
+
+
 def measure_latency(
     candidates: Mapping[str, Candidate],
     images: NDArray[np.uint8],
@@ -53,6 +64,7 @@ def measure_latency(
     calls: int = 100,
     warmup: int = 10,
     threads: int | None = None,
+    rounds: int = ROUNDS,
 ) -> dict[str, Latency]:
     """Time several IRs in turns on the same images.
 
@@ -62,36 +74,29 @@ def measure_latency(
     Args:
         candidates: Name to IR and properties.
         images: (N, h, w, 3) RGB, fed one by one in turn.
-        calls: Timed calls of each candidate, at least 100 for figures in a report.
-        warmup: Untimed calls of each before the first turn.
+        calls: Timed calls of each candidate in all, at least 100 for figures in a report.
+        warmup: Untimed calls of each before the first turn of a round.
         threads: Inference threads; None leaves the choice to OpenVINO.
+        rounds: How often all are compiled; figures are of the calls of all rounds.
 
     Returns:
         Name to figures; times include the copy of the image and of the logits.
     """
     if not len(images):
         raise DataError("latency: no images to time with")
-    requests = {}
-    used = {}
-    for name, candidate in candidates.items():
-        compiled = compile_ir(candidate.xml, "LATENCY", _with_threads(candidate.config, threads))
-        requests[name] = compiled.create_infer_request()
-        used[name] = int(compiled.get_property("INFERENCE_NUM_THREADS"))
     own = {name: images if c.images is None else c.images for name, c in candidates.items()}
     singles = {name: [np.ascontiguousarray(image)[None] for image in fed] for name, fed in own.items()}
-    for name, request in requests.items():
-        for index in range(warmup):
-            request.infer({0: singles[name][index % len(singles[name])]})
-    times: dict[str, list[float]] = {name: [] for name in requests}
-    for first in range(0, calls, _TURN_CALLS):
-        for name, request in requests.items():
-            mine = singles[name]
-            request.infer({0: mine[first % len(mine)]})  # untimed: the other candidate emptied the caches
-            for index in range(first, min(first + _TURN_CALLS, calls)):
-                image = mine[index % len(mine)]
-                start = time.perf_counter()
-                request.infer({0: image})
-                times[name].append(time.perf_counter() - start)
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    used: dict[str, int] = {}
+    rounds = min(rounds, calls)
+    for number in range(rounds):
+        requests = {}
+        for name, candidate in candidates.items():
+            compiled = compile_ir(candidate.xml, "LATENCY", _with_threads(candidate.config, threads))
+            requests[name] = compiled.create_infer_request()
+            used[name] = int(compiled.get_property("INFERENCE_NUM_THREADS"))
+        here = range(calls * number // rounds, calls * (number + 1) // rounds)
+        _time_in_turns(requests, singles, times, here, warmup)
     return {
         name: Latency(
             median_ms=float(np.median(values) * 1e3),
@@ -103,14 +108,36 @@ def measure_latency(
     }
 
 
+def _time_in_turns(
+    requests: Mapping[str, ov.InferRequest],
+    images: Mapping[str, list[NDArray[np.uint8]]],
+    times: Mapping[str, list[float]],
+    calls: range,
+    warmup: int,
+) -> None:
+    """Add the seconds of these calls of each request."""
+    for name, request in requests.items():
+        for index in range(warmup):
+            request.infer({0: images[name][index % len(images[name])]})
+    for first in range(calls.start, calls.stop, _TURN_CALLS):
+        for name, request in requests.items():
+            mine = images[name]
+            request.infer({0: mine[first % len(mine)]})  # untimed: the other candidate emptied the caches
+            for index in range(first, min(first + _TURN_CALLS, calls.stop)):
+                image = mine[index % len(mine)]
+                start = time.perf_counter()
+                request.infer({0: image})
+                times[name].append(time.perf_counter() - start)
+
+
 def measure_throughput(
     candidates: Mapping[str, Candidate],
     images: NDArray[np.uint8],
     *,
     seconds: float = 3.0,
     threads: int | None = None,
-) -> dict[str, float]:
-    """Images per second with the plugin's preferred number of requests kept busy, THROUGHPUT hint, in turns.
+) -> dict[str, Throughput]:
+    """Images per second, and energy, with the plugin's preferred number of requests kept busy; in turns.
 
     Args:
         candidates: Name to IR and properties.
@@ -120,7 +147,7 @@ def measure_throughput(
         threads: Inference threads; None leaves the choice to OpenVINO.
 
     Returns:
-        Name to images per second.
+        Name to figures.
     """
     if not len(images):
         raise DataError("throughput: no images to time with")
@@ -133,12 +160,21 @@ def measure_throughput(
         for _ in stream(compiled, [*own[name]] * 2):
             pass
     calls, spent = dict.fromkeys(models, 0), dict.fromkeys(models, 0.0)
+    used: dict[str, list[float | None]] = {name: [] for name in models}
     for _ in range(_THROUGHPUT_TURNS):
         for name, compiled in models.items():
-            start = time.perf_counter()
+            start, before = time.perf_counter(), read_counters()
             calls[name] += sum(1 for _ in stream(compiled, _fed(own[name], start + seconds / _THROUGHPUT_TURNS)))
             spent[name] += time.perf_counter() - start
-    return {name: calls[name] / spent[name] for name in models}
+            used[name].append(joules_between(before, read_counters()))
+    joules = {name: [j for j in turns if j is not None] for name, turns in used.items()}
+    return {
+        name: Throughput(
+            calls[name] / spent[name],
+            sum(joules[name]) / calls[name] if len(joules[name]) == _THROUGHPUT_TURNS else None,
+        )
+        for name in models
+    }
 
 
 def _fed(images: NDArray[np.uint8], until: float) -> Iterator[NDArray[np.uint8]]:
@@ -200,7 +236,7 @@ def bench_target(target: Path, *, calls: int = 100, threads: int | None = None, 
         seconds: Duration of each throughput measurement.
 
     Returns:
-        JSON-able: `size` (h, w), `latency`, `throughput_fps` and `audit` per candidate, `cpu`.
+        JSON-able: `size` (h, w), `latency`, `throughput_fps`, `joules_per_image` and `audit` per candidate, `cpu`.
 
     Raises:
         DataError: Neither a run folder with artifacts nor a published IR.
@@ -209,12 +245,14 @@ def bench_target(target: Path, *, calls: int = 100, threads: int | None = None, 
     images = next(iter(candidates.values())).images
     assert images is not None
     latency = measure_latency(candidates, images, calls=calls, threads=threads)
+    throughput = measure_throughput(candidates, images, seconds=seconds, threads=threads)
     return {
         "target": str(target),
         "size": {name: list(c.images.shape[1:3]) for name, c in candidates.items() if c.images is not None},
         "cpu": cpu_capabilities(),
         "latency": {name: asdict(figures) for name, figures in latency.items()},
-        "throughput_fps": measure_throughput(candidates, images, seconds=seconds, threads=threads),
+        "throughput_fps": {name: figures.fps for name, figures in throughput.items()},
+        "joules_per_image": {name: figures.joules_per_image for name, figures in throughput.items()},
         "audit": {name: audit(candidate.xml, candidate.config) for name, candidate in candidates.items()},
     }
 

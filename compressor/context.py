@@ -37,6 +37,7 @@ class Context:
     run_dir: Path
     precision: str = "auto"  # what a recipe's `precision: auto` means in this run, once it is known
     threads: int | None = None  # of inference, wherever latency is measured; None leaves the choice to OpenVINO
+    pretrained: bool = False  # whether the network came with weights that were trained elsewhere
     full_size: Dataset | None = None  # the images at the baseline's input size, where that is another
 
     @property
@@ -171,7 +172,7 @@ def loop_options(options: Training, precision: str) -> dict[str, Any]:
     `precision` is what `auto` means, see `Context`.
     """
     values = options.model_dump(
-        exclude={"type", "strength", "augment", "distill", "freeze", "freeze_cache_gb", "memory"}
+        exclude={"type", "strength", "augment", "distill", "freeze", "freeze_cache_gb", "memory", "transfer_watch"}
     )
     values |= options.memory.model_dump(exclude={"limit"})
     if options.precision == "auto":

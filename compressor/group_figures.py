@@ -122,7 +122,7 @@ def _times(subject: Subject, calls: int) -> dict[str, Any]:
             raise
         notes.append(f"INT8 was not timed: {error}")
     images = np.asarray(data.train.images[:8])
-    timed = measure_latency(candidates, images, calls=calls, warmup=2, threads=context.threads)
+    timed = measure_latency(candidates, images, calls=calls, warmup=2, threads=context.threads, rounds=1)
     found: dict[str, Any] = {"ms": {}, "layers_ms": {}, "rest_ms": {}, "notes": notes}
     for name, candidate in candidates.items():
         operations = profile(

@@ -33,7 +33,7 @@ from compressor.target_search import Reading
 
 log = logging.getLogger(__name__)
 
-ROUNDS = 5  # a compiled network keeps the luck of where its memory lies: each round compiles both anew
+ROUNDS = 5  # each compiles both anew, see `benchmark.ROUNDS`; the middle one counts
 CALLS = 60  # timed calls of each in a round
 RANDOM_COPIES = 6  # timed beside the whole network and the smallest; four terms of each layer are fitted to all
 PROFILES = 3  # looks into a compiled network: the middle one counts
@@ -133,7 +133,8 @@ def _shares(times: Mapping[str, float], rest: float) -> dict[str, float]:
 def time_pair(baseline: Candidate, probe: Candidate, threads: int | None) -> tuple[float, float]:
     """Median latencies in ms of the baseline and of a probe, each on its own images, in turns."""
     assert probe.images is not None
-    times = measure_latency({"baseline": baseline, "probe": probe}, probe.images, calls=CALLS, threads=threads)
+    files = {"baseline": baseline, "probe": probe}
+    times = measure_latency(files, probe.images, calls=CALLS, threads=threads, rounds=1)
     return times["baseline"].median_ms, times["probe"].median_ms
 
 

@@ -80,9 +80,9 @@ def measure_speed(
         "cpu": cpu_capabilities(),
     }
     if options.throughput_s:
-        speed["throughput_fps"] = measure_throughput(
-            pair, images, seconds=options.throughput_s, threads=options.threads
-        )
+        throughput = measure_throughput(pair, images, seconds=options.throughput_s, threads=options.threads)
+        speed["throughput_fps"] = {name: figures.fps for name, figures in throughput.items()}
+        speed["joules_per_image"] = {name: figures.joules_per_image for name, figures in throughput.items()}
     return speed
 
 

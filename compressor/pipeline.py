@@ -168,7 +168,9 @@ def _prepare(recipe: Recipe, partial: Path, device: str, clock: Clock, own: Own 
         precision = _training_precision(
             recipe, module, {**dense.architecture, "identity": dense.identity}, data, device
         )
-    context = Context(example, data, device, partial, precision.chosen, recipe.benchmark.threads)
+    context = Context(
+        example, data, device, partial, precision.chosen, recipe.benchmark.threads, pretrained=weights.loaded > 0
+    )
     with clock("prepare"):
         contexts = contexts_of(recipe.stages, context, functools.partial(load_data, recipe, like=data))
     with clock("reachability"):

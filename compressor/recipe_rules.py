@@ -24,6 +24,7 @@ def broken_rules(data: object) -> Iterator[tuple[KeyPath, str]]:
     yield from _order(stages)
     yield from _memory(stages)
     yield from _teacher(root, stages)
+    yield from _transfer(stages)
     yield from _geometry(root, stages)
     yield from _measurable(root, stages)
 
@@ -69,6 +70,13 @@ def _memory(stages: list[Mapping[str, Any]]) -> Iterator[tuple[KeyPath, str]]:
         if len(path) > 2 and _mapping(training.get("memory")).get("limit") is not None:
             text = f"found a limit of the {path[-1]} inside a stage, allowed of a finetune only"
             yield (*path, "memory", "limit"), text
+
+
+def _transfer(stages: list[Mapping[str, Any]]) -> Iterator[tuple[KeyPath, str]]:
+    """Later stages begin with what was trained here."""
+    for index, stage in enumerate(stages):
+        if index and stage.get("type") == "finetune" and stage.get("transfer_watch") is not None:
+            yield ("stages", index, "transfer_watch"), f"found in stages[{index}], allowed in stages[0] only"
 
 
 def _teacher(root: Mapping[str, Any], stages: list[Mapping[str, Any]]) -> Iterator[tuple[KeyPath, str]]:

@@ -52,10 +52,29 @@ def _recovery(when: str) -> Any:
     return Field(default=None, description=text)
 
 
+class TransferWatch(BaseModel):
+    """Short trainings that tell whether pretrained weights help."""
+
+    model_config = STRICT
+
+    steps: int = Field(
+        default=170,
+        ge=1,
+        le=1_000_000,
+        description="Optimiser steps of each: with the stage's own start and options, from random weights, and of the "
+        "classifier alone.",
+    )
+
+
 class Finetune(Training):
     """Train: the baseline when it leads the recipe, recovery after a change, QAT after `quantize`."""
 
     type: Literal["finetune"] = Field(default="finetune", description="Train the network.")
+    transfer_watch: TransferWatch | None = Field(
+        default=None,
+        description="Of the first stage, with pretrained weights: compare with random weights and with the classifier "
+        "alone beforehand, and warn where one of them does better on validation by more than chance; null = do not.",
+    )
 
 
 _MACS = "Multiply-accumulates left for one sample: a number, or a fraction of the baseline's such as 0.4x."

@@ -25,6 +25,7 @@ from compressor.quantization import resolve_overflow_fix
 from compressor.quantize_stage import calibration, quantize_as_told, quantize_where_it_pays
 from compressor.report import Footprint
 from compressor.structure import drop_blocks_stage, replace_kernels_stage
+from compressor.transfer_watch import compare_starts, divergence
 
 
 @dataclass(frozen=True)
@@ -133,14 +134,29 @@ def _footprint(network: Network, context: Context, work: Work) -> Footprint:
 
 def _finetune(network: Network, stage: spec.Finetune, context: Context, assignment: Assignment, work: Work) -> None:
     levers: dict[str, Any] = {}
-    found = None
+    found = watched = None
+    if stage.transfer_watch is not None:
+        watched, warnings = _watched(network.module, stage, context, assignment)
+        work.notes += warnings
     if stage.memory.limit is not None:
         levers, found = within_limit(network, stage, context, assignment)
     with measure_memory() as memory:
         result = train(network.module, stage, context, assignment, levers=levers)
     work.memory, work.train_time_s, work.val_accuracy = memory, result.seconds, result.val_accuracy
-    work.details = dataclasses.asdict(result) | ({"memory_levers": found} if found else {})
+    beside = {"memory_levers": found, "transfer_watch": watched}
+    work.details = dataclasses.asdict(result) | {name: value for name, value in beside.items() if value is not None}
     work.notes += result.frozen["notes"] if result.frozen else []
+    if turned := divergence(result.history):
+        work.notes.append(turned)
+
+
+def _watched(
+    module: nn.Module, stage: spec.Finetune, context: Context, assignment: Assignment
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """What the probes of `transfer_watch` found, and what is to be said of it."""
+    if not context.pretrained:
+        return None, ["transfer_watch: the weights are random, so there is no transfer to watch"]
+    return compare_starts(module, stage, context, assignment)
 
 
 def _reduce_resolution(

@@ -18,6 +18,7 @@ def figures_of(report: Report) -> dict[str, float]:
     result = report.result.to_json()
     found: dict[str, Any] = {name: result[name] for name in FIGURES if name in result}
     found["torch_latency_ms"] = report.benchmark.get("torch_eager_ms", {}).get("result_float")
+    found["joules_per_image"] = report.benchmark.get("joules_per_image", {}).get("result")
     for kind in ("avg", "peak"):
         again, first = result[f"retrain_{kind}_memory_bytes"], result[f"train_{kind}_memory_bytes"]
         found[f"training_{kind}_memory_bytes"] = first if again is None else again

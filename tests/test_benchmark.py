@@ -1,5 +1,6 @@
 """Benchmark figures are complete and ordered, need no torch, and say what ran."""
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 from separable_network import LABELS, SPEC, normalised, pictures, trained
 from torch import nn
 
+from compressor import benchmark
 from compressor.benchmark import (
     Candidate,
     audit,
@@ -19,6 +21,7 @@ from compressor.benchmark import (
     measure_latency,
     measure_throughput,
 )
+from compressor.energy import Counter
 from compressor.environment import INT8_FEATURES, cpu_flags
 from compressor.errors import DataError
 from compressor.export import Published, publish_float, publish_int8
@@ -54,7 +57,21 @@ def test_throughput_counts_finished_images(files: tuple[Published, Published]) -
     pair = {"float": Candidate(files[0].xml), "int8": Candidate(files[1].xml)}
     speed = measure_throughput(pair, pictures(2), seconds=0.2, threads=1)
     assert speed.keys() == pair.keys()
-    assert min(speed.values()) > 0
+    assert min(figures.fps for figures in speed.values()) > 0
+
+
+def test_energy_is_told_for_each_image_where_there_are_counters(
+    files: tuple[Published, Published], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readings = itertools.count(0, 3_000_000)  # three joules pass between any two looks
+    monkeypatch.setattr(benchmark, "read_counters", lambda: {"package": Counter(next(readings), 10**12)})
+    seen: list[int] = []
+    monkeypatch.setattr(benchmark, "stream", lambda _compiled, images: iter(seen.append(1) or i for i in images))
+    figures = measure_throughput({"a": Candidate(files[0].xml)}, pictures(2), seconds=0.03, threads=1)["a"]
+    assert figures.joules_per_image == pytest.approx(3 * 3.0 / (len(seen) - 4))  # four pictures warm up
+    monkeypatch.setattr(benchmark, "read_counters", dict)
+    figures = measure_throughput({"a": Candidate(files[0].xml)}, pictures(2), seconds=0.03, threads=1)["a"]
+    assert figures.joules_per_image is None
 
 
 def test_no_images_is_an_error(files: tuple[Published, Published]) -> None:

@@ -1,0 +1,134 @@
+"""Whether pretrained weights help: short trainings beforehand to compare with, and a look at the curve afterwards.
+
+Invariant: probes train copies; the network and the draws of its own training are as they would be without them.
+"""
+
+import copy
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from compressor.context import Assignment, Context, train
+from compressor.feed import parameters_of
+from compressor.inference import predict
+from compressor.metrics import paired_interval, top1
+from compressor.models.heads import find_head, look
+from compressor.recipe_stages import Finetune
+from compressor.training import Epoch
+
+log = logging.getLogger(__name__)
+RISE = 1.1  # of the validation loss over its lowest, which calls for a word
+EARLY = 1 / 3  # of the training: where the lowest is, for that
+FALL = 0.9  # of the training loss meanwhile
+
+
+def compare_starts(
+    module: nn.Module, stage: Finetune, context: Context, assignment: Assignment
+) -> tuple[dict[str, Any], list[str]]:
+    """Train three copies for a few steps each and compare them on validation.
+
+    `pretrained` is the stage itself; `scratch` begins with random weights, all of which are trained; `linear` trains
+    the classifier alone (a linear probe, as in arXiv 1805.08974), where there is one to be found.
+
+    Args:
+        module: What the stage is given, with pretrained weights.
+        stage: With a `transfer_watch`.
+        context: Of the stage.
+        assignment: Of the stage.
+
+    Returns:
+        For the report `steps`, `val_accuracy` of each probe and `differences` to `pretrained` with their 95 % interval
+        (pairs of answers about the same images); and warnings, empty where pretrained weights do no harm.
+    """
+    assert stage.transfer_watch is not None
+    steps = stage.transfer_watch.steps
+    short = stage.model_copy(update={"epochs": None, "steps": steps, "patience": None})
+    starts = {"pretrained": (copy.deepcopy(module), short.freeze)}
+    starts["scratch"] = reinitialised(module, assignment.seed), ()
+    if rest := all_but_the_head(module, context):
+        starts["linear"] = copy.deepcopy(module), rest
+    right: dict[str, NDArray[np.bool_]] = {}
+    val = context.data.val
+    for name, (network, freeze) in starts.items():
+        log.info("transfer watch: %d steps, %s", steps, name)
+        options = short.model_copy(update={"freeze": freeze})
+        train(network, options, context, assignment, key="transfer_watch")
+        logits = predict(network, val.images, context.data.spec, device=context.device)
+        right[name] = top1(logits.numpy(), val.labels)
+    accuracies = {name: float(hits.mean()) for name, hits in right.items()}
+    differences: dict[str, Any] = {}
+    for name in [name for name in starts if name != "pretrained"]:
+        low, high = paired_interval(right[name], right["pretrained"])
+        differences[name] = {"difference": accuracies[name] - accuracies["pretrained"], "interval": [low, high]}
+    found = {"steps": steps, "val_accuracy": accuracies, "differences": differences}
+    return found, warnings_of(found, stage)
+
+
+def warnings_of(found: dict[str, Any], stage: Finetune) -> list[str]:
+    """What is better than the pretrained start by more than chance, and what may help."""
+    accuracies, differences = found["val_accuracy"], found["differences"]
+
+    def told(name: str) -> str:
+        low, high = differences[name]["interval"]
+        return (
+            f"{accuracies[name]:.3f} against {accuracies['pretrained']:.3f} on validation after {found['steps']} steps,"
+            f" a difference of {low:.3f} to {high:.3f}"
+        )
+
+    if differences["scratch"]["interval"][0] > 0:
+        freeing = "freeze less, " if stage.freeze else ""
+        return [
+            f"transfer_watch: random weights do better than the pretrained ones ({told('scratch')}); try {freeing}"
+            "weights of another source, or model.weights: none"
+        ]
+    if "linear" in differences and differences["linear"]["interval"][0] > 0:
+        return [
+            f"transfer_watch: the classifier alone does better than training all layers ({told('linear')}), so that "
+            f"training undoes what the weights know; try a learning_rate below {stage.learning_rate:g}, or first a "
+            "finetune that freezes role:stem and role:body"
+        ]
+    return []
+
+
+def divergence(history: Sequence[Epoch]) -> str | None:
+    """A warning where validation turned early while the training loss went on falling; None = it did not."""
+    if len(history) < 4:
+        return None
+    best = min(range(len(history)), key=lambda i: history[i].val_loss)
+    turn, end = history[best], history[-1]
+    early = best < EARLY * len(history)
+    if not (early and end.val_loss > RISE * turn.val_loss and end.loss < FALL * turn.loss):
+        return None
+    return (
+        f"validation turned after epoch {turn.epoch + 1} of {len(history)}: its loss rose from {turn.val_loss:.3g} to "
+        f"{end.val_loss:.3g} while the training loss fell from {turn.loss:.3g} to {end.loss:.3g}; try a smaller "
+        "learning_rate, more of augment, fewer epochs or patience"
+    )
+
+
+def reinitialised(module: nn.Module, seed: int) -> nn.Module:
+    """A copy with random weights: each layer's as torch gives them to a new one, normal ones where it has no way to."""
+    fresh = copy.deepcopy(module)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for layer in fresh.modules():
+            reset = getattr(layer, "reset_parameters", None)
+            if callable(reset):
+                reset()
+            else:
+                for parameter in layer.parameters(recurse=False):
+                    nn.init.normal_(parameter, std=0.02)
+    return fresh
+
+
+def all_but_the_head(module: nn.Module, context: Context) -> tuple[str, ...]:
+    """Names of the layers with parameters, without the classifier; none where there is no classifier to be found."""
+    head = find_head(look(module, context.example), len(context.data.labels))
+    if head is None:
+        return ()
+    return tuple(name for name, _ in module.named_modules() if name and name != head and parameters_of(module, [name]))

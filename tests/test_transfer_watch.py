@@ -1,0 +1,154 @@
+"""Laws: a network is warned of weights that hurt it, and of nothing where they help; watching changes no weight."""
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_training import SPEC, TRAIN, VAL, network, run
+from tiny_networks import FINETUNE, SHORT, write_recipe
+from torch import nn
+
+from compressor.context import Assignment, Context
+from compressor.data import Dataset
+from compressor.data.batches import to_input
+from compressor.errors import RecipeError
+from compressor.pipeline import compress
+from compressor.recipe import Finetune
+from compressor.recipe_loader import load_recipe
+from compressor.report import Footprint
+from compressor.training import Epoch
+from compressor.transfer_watch import all_but_the_head, compare_starts, divergence, reinitialised, warnings_of
+
+ASSIGNMENT = Assignment(0, 5, None, Footprint())
+
+
+def context(folder: Path) -> Context:
+    data = Dataset(("a", "b", "c"), TRAIN, VAL, VAL, SPEC, "made up", (12, 12), (), {})
+    return Context(to_input(TRAIN.images[:1], SPEC, "cpu"), data, "cpu", folder, "float32", pretrained=True)
+
+
+def stage(learning_rate: float = 1e-2, steps: int = 36) -> Finetune:
+    told = {"epochs": 9, "batch_size": 16, "learning_rate": learning_rate, "transfer_watch": {"steps": steps}}
+    return Finetune.model_validate(told)
+
+
+def knowing() -> nn.Sequential:
+    """A network that has learnt the task, with a new classifier."""
+    module = network()
+    run(module, epochs=8, learning_rate=2e-2)
+    nn.init.normal_(module[5].weight, std=0.01)
+    nn.init.zeros_(module[5].bias)
+    return module
+
+
+def test_dead_weights_are_told_from_living_ones(tmp_path: Path) -> None:
+    module = knowing()
+    nn.init.constant_(module[1].bias, -100.0)  # no activation and no gradient passes any more
+    found, warnings = compare_starts(module, stage(), context(tmp_path), ASSIGNMENT)
+    assert found["val_accuracy"]["scratch"] > 0.9
+    assert found["val_accuracy"]["pretrained"] < 0.5
+    low, high = found["differences"]["scratch"]["interval"]
+    assert 0 < low < found["differences"]["scratch"]["difference"] < high
+    (warning,) = warnings
+    assert "random weights do better" in warning
+    assert f"{low:.3f} to {high:.3f}" in warning
+    assert "another source" in warning
+
+
+def test_weights_that_help_are_passed_over_in_silence_and_none_is_changed(tmp_path: Path) -> None:
+    module = knowing()
+    before = copy.deepcopy(module.state_dict())
+    found, warnings = compare_starts(module, stage(), context(tmp_path), ASSIGNMENT)
+    assert warnings == []
+    assert found["val_accuracy"]["pretrained"] > 0.9
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+def figures(scratch: float, linear: float) -> dict[str, Any]:
+    differences = {
+        name: {"difference": accuracy - 0.5, "interval": [accuracy - 0.6, accuracy - 0.4]}
+        for name, accuracy in (("scratch", scratch), ("linear", linear))
+    }
+    accuracies = {"pretrained": 0.5, "scratch": scratch, "linear": linear}
+    return {"steps": 36, "val_accuracy": accuracies, "differences": differences}
+
+
+@pytest.mark.parametrize(
+    ("scratch", "linear", "advice"),
+    [
+        (0.55, 0.55, None),  # better, but no more than chance
+        (
+            0.1,
+            0.7,
+            "the classifier alone does better .* 0.100 to 0.300.* learning_rate below 0.01, or first a finetune",
+        ),
+        (
+            0.7,
+            0.1,
+            "random weights do better .* 0.100 to 0.300.* try weights of another source, or model.weights: none",
+        ),
+        (0.7, 0.7, "random weights do better"),  # the worse news is told
+    ],
+)
+def test_what_is_told_is_more_than_chance(scratch: float, linear: float, advice: str | None) -> None:
+    told = warnings_of(figures(scratch, linear), stage())
+    assert bool(told) == (advice is not None)
+    if advice:
+        assert len(told) == 1
+        assert re.search(advice, told[0])
+
+
+def test_every_weight_of_the_control_is_new_and_seeded() -> None:
+    module = knowing()
+    first, second = reinitialised(module, 1), reinitialised(module, 1)
+    for name, value in module.named_parameters():
+        assert torch.equal(first.get_parameter(name), second.get_parameter(name))
+        if value.ndim > 1:
+            assert not torch.equal(first.get_parameter(name), value)
+    assert float(first[1].running_mean.abs().max()) == 0.0
+
+
+def test_the_linear_probe_trains_the_classifier_alone(tmp_path: Path) -> None:
+    assert all_but_the_head(network(), context(tmp_path)) == ("0", "1")
+    assert all_but_the_head(nn.Sequential(nn.AvgPool2d(12), nn.Flatten()), context(tmp_path)) == ()
+
+
+def epochs(losses: list[float], val_losses: list[float]) -> list[Epoch]:
+    return [Epoch(i, loss, 0.5, val, 1e-3, 0.0) for i, (loss, val) in enumerate(zip(losses, val_losses, strict=True))]
+
+
+@pytest.mark.parametrize(
+    ("losses", "val_losses", "warned"),
+    [
+        ([2, 1.5, 1, 0.8, 0.5, 0.3], [1.5, 1.2, 1.3, 1.5, 1.7, 1.9], True),
+        ([2, 1.5, 1, 0.8, 0.5, 0.3], [1.5, 1.3, 1.2, 1.1, 1.0, 1.0], False),  # falls as it should
+        ([2, 1.5, 1, 0.8, 0.5, 0.3], [1.5, 1.3, 1.2, 1.1, 1.0, 1.3], False),  # turned late
+        ([2, 1.5, 1, 0.8, 0.5, 0.3], [1.5, 1.2, 1.2, 1.25, 1.2, 1.3], False),  # no more than noise
+        ([2, 1.5, 1.5, 1.5, 1.6, 1.5], [1.5, 1.2, 1.3, 1.5, 1.7, 1.9], False),  # the training loss rests as well
+        ([2, 1, 0.5], [1, 2, 3], False),  # too short to tell
+    ],
+)
+def test_validation_that_turns_early_is_told(losses: list[float], val_losses: list[float], warned: bool) -> None:
+    text = divergence(epochs(losses, val_losses))
+    assert (text is not None) == warned
+    if text:
+        assert "after epoch 2 of 6: its loss rose from 1.2 to 1.9 while the training loss fell from 1.5 to 0.3" in text
+
+
+def test_only_the_first_stage_can_watch(tiny_images: Path, tmp_path: Path) -> None:
+    watching = {**SHORT, "transfer_watch": {"steps": 3}}
+    recipe = write_recipe(tmp_path / "recipe.yaml", tiny_images, FINETUNE, watching)
+    with pytest.raises(RecipeError, match=r"stages\[1\]\.transfer_watch: found in stages\[1\], allowed in stages\[0\]"):
+        load_recipe(recipe)
+
+
+@pytest.mark.usefixtures("tiny_network")
+def test_with_random_weights_there_is_nothing_to_watch(tiny_images: Path, tmp_path: Path) -> None:
+    watching = {**SHORT, "transfer_watch": {"steps": 3}}
+    report = compress(write_recipe(tmp_path / "recipe.yaml", tiny_images, watching), tmp_path / "run")
+    assert any("the weights are random" in note for note in report.stages[0]["notes"])
+    assert "transfer_watch" not in report.stages[0]["details"]
