@@ -7,10 +7,11 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from compressor.errors import DataError, ResourceError
 
@@ -92,18 +93,34 @@ def write_manifest(folder: Path) -> None:
     write_json(folder / MANIFEST, {"version": MANIFEST_VERSION, "files": files})
 
 
-def verify_manifest(folder: Path) -> list[str]:
-    """Return what differs between `folder` and its manifest, one line per file; an empty list means untouched.
+def rewrite_listed(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write files of a run folder anew, and what its manifest says of them; the other entries stay as they are.
 
     Raises:
-        DataError: there is no readable manifest.
+        DataError: there is no readable manifest; nothing is written then.
+    """
+    listed = read_manifest(folder)
+    for name, text in texts.items():
+        atomic_write(folder / name, text)
+        data = text.encode()
+        listed[name] = {"sha256": hashlib.sha256(data).hexdigest(), "size_bytes": len(data)}
+    write_json(folder / MANIFEST, {"version": MANIFEST_VERSION, "files": dict(sorted(listed.items()))})
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Name of each file to its `sha256` and `size_bytes`.
+
+    Raises:
+        DataError: there is no manifest, or it is damaged.
     """
     path = folder / MANIFEST
     try:
         content = path.read_text()
         manifest = json.loads(content)
-        listed = manifest["files"]
-        expected = {name: (str(entry["sha256"]), int(entry["size_bytes"])) for name, entry in listed.items()}
+        listed = {
+            name: {"sha256": str(entry["sha256"]), "size_bytes": int(entry["size_bytes"])}
+            for name, entry in manifest["files"].items()
+        }
         if manifest["version"] != MANIFEST_VERSION:
             raise ValueError(f"version {manifest['version']!r}, this toolkit reads version {MANIFEST_VERSION}")
         if content != _json_text(manifest):  # a changed blank is a change too
@@ -112,6 +129,16 @@ def verify_manifest(folder: Path) -> list[str]:
         raise DataError(f"{path}: no manifest; give the folder of a finished run (RUN.partial is unfinished)") from None
     except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: the manifest itself is damaged ({error})") from None
+    return listed
+
+
+def verify_manifest(folder: Path) -> list[str]:
+    """Return what differs between `folder` and its manifest, one line per file; an empty list means untouched.
+
+    Raises:
+        DataError: there is no readable manifest.
+    """
+    expected = {name: (entry["sha256"], entry["size_bytes"]) for name, entry in read_manifest(folder).items()}
     faults = []
     for name, (digest, size) in expected.items():
         file = folder / name

@@ -4,8 +4,10 @@ Invariant: the same figures give the same bytes. Text stays text; colours can be
 jfly.uni-koeln.de/color) and never carry a meaning alone.
 """
 
+import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -13,7 +15,22 @@ PRECISIONS = {"fp32": ("FP32", "#0072B2", ""), "int8": ("INT8", "#E69F00", "///"
 MARKS = {0.25: ("o", "#009E73"), 0.5: ("s", "#CC79A7"), 0.75: ("^", "#D55E00")}
 
 
-def inspection_svg(inspection: Mapping[str, Any]) -> str:
+@dataclass(frozen=True)
+class Chart:
+    """A drawing as SVG text, what it shows, the same in words, and how wide it is, inches."""
+
+    title: str
+    description: str
+    svg: str
+    width: float
+
+    @property
+    def source(self) -> str:
+        """For `<img src=...>`: inside an image nothing can run, and names cannot clash with another drawing's."""
+        return "data:image/svg+xml;base64," + base64.b64encode(self.svg.encode()).decode("ascii")
+
+
+def inspection_chart(inspection: Mapping[str, Any]) -> Chart:
     """Draw what `inspect_recipe` returned: a row for each group in network order, time left, accuracy right."""
     rows = [*inspection["groups"], {"name": "rest", "sensitivity": None, **inspection["rest"]}]
     unpruned = inspection["unpruned"]
@@ -25,17 +42,17 @@ def inspection_svg(inspection: Mapping[str, Any]) -> str:
         if unpruned is not None:
             _draw_sensitivity(panels[1], rows, unpruned["accuracy"])
 
-    return as_svg(draw, size, _title(inspection), _description(inspection, rows))
+    return draw_chart(_title(inspection), _description(inspection, rows), size, draw)
 
 
-def as_svg(draw: Callable[[Any], None], size: tuple[float, float], title: str, description: str) -> str:
-    """What a function draws on a matplotlib figure, as SVG text.
+def draw_chart(title: str, description: str, size: tuple[float, float], draw: Callable[[Any], None]) -> Chart:
+    """What a function draws on a matplotlib figure.
 
     Args:
-        draw: Gets the figure.
-        size: Width and height in inches.
         title: Shown above, and read out.
         description: The chart in words, for whoever cannot see it.
+        size: Width and height in inches.
+        draw: Gets the figure.
     """
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -52,7 +69,8 @@ def as_svg(draw: Callable[[Any], None], size: tuple[float, float], title: str, d
     words = f'<title id="title">{escape(title)}</title>\n <desc id="desc">{escape(description)}</desc>'
     head, tag, body = drawn.getvalue().partition("<svg ")
     attributes, bracket, body = body.partition(">")
-    return f'{head}{tag}role="img" aria-labelledby="title desc" {attributes}{bracket}\n {words}{body}'
+    svg = f'{head}{tag}role="img" aria-labelledby="title desc" {attributes}{bracket}\n {words}{body}'
+    return Chart(title, description, svg, size[0])
 
 
 def _title(inspection: Mapping[str, Any]) -> str:

@@ -159,9 +159,9 @@ def _inspect(args: argparse.Namespace) -> int:
         )
     if args.chart:
         from compressor.artifacts import atomic_write
-        from compressor.chart import inspection_svg
+        from compressor.chart import inspection_chart
 
-        atomic_write(args.chart, inspection_svg(inspection))
+        atomic_write(args.chart, inspection_chart(inspection).svg)
     if args.json:
         print(json.dumps(inspection))
     else:
@@ -251,6 +251,37 @@ def _verify(args: argparse.Namespace) -> int:
     return EXIT_MISSED if faults else 0
 
 
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folders",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="finished runs, or folders of studies; their pages are made anew",
+    )
+    parser.add_argument(
+        "--out",
+        type=html_file,
+        metavar="FILE.html",
+        help="also put the runs side by side in this page, and a .csv beside it",
+    )
+
+
+def html_file(text: str) -> Path:
+    """The path of an HTML file, for argparse."""
+    if not text.endswith(".html"):
+        raise argparse.ArgumentTypeError(f"found '{text}', allowed a file ending in .html")
+    return Path(text)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from compressor.pages.files import rebuild
+
+    pages = rebuild(args.folders, args.out)
+    print(json.dumps({"pages": [str(page) for page in pages]}) if args.json else "\n".join(map(str, pages)))
+    return 0
+
+
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("ir", type=Path, metavar="IR.xml", help="an OpenVINO IR made by this toolkit")
     parser.add_argument(
@@ -334,6 +365,7 @@ COMMANDS: dict[str, Command] = {
     "study": (_study, _study_arguments, "run recipes side by side, with several seeds, and compare them"),
     "schema": (_schema, _schema_arguments, "print the JSON Schema of recipes"),
     "verify": (_verify, _run_folder_argument, "check every file of a run against its manifest"),
+    "report": (_report, _report_arguments, "make the pages of runs and studies anew, and put runs side by side"),
     "eval": (_eval, _eval_arguments, "score an IR on a folder of images"),
     "bench": (_bench, _bench_arguments, "time a run's baseline and result, or one IR, on this machine"),
     "weights": (_weights, _fetch_arguments, "fetch pretrained weights into the cache"),

@@ -19,7 +19,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from compressor.report import Report
-    from compressor.study_spec import FigureKind, LoadedStudy
+    from compressor.study_spec import LoadedStudy
 
 
 class LiveHandler(logging.Handler):
@@ -233,18 +233,6 @@ def _accuracy(figure: dict[str, Any]) -> str:
     return "whole" if figure["accuracy"] is None else f"{figure['accuracy']:.3f}"
 
 
-STUDY_COLUMNS = (
-    "accuracy",
-    "latency_ms",
-    "training_avg_memory_bytes",
-    "training_peak_memory_bytes",
-    "epoch_s",
-    "params",
-    "macs",
-    "size_bytes",
-)
-
-
 def show_planned(loaded: "LoadedStudy") -> None:
     """The rows of a study and the seeds that each is run with."""
     console = Console()
@@ -258,16 +246,17 @@ def show_planned(loaded: "LoadedStudy") -> None:
 
 def show_study(study: dict[str, Any], out: Path) -> None:
     """Rows with their means and deviations, who dominates whom, what failed."""
-    from compressor.study_spec import FIGURES
+    from compressor.study_figures import read_mean
+    from compressor.study_spec import COLUMNS, FIGURES
 
     console = Console()
     table = Table(title=study["title"], box=None, pad_edge=False)
     table.add_column("row", overflow="fold")
     table.add_column("seeds\n", justify="right")
-    for name in STUDY_COLUMNS:
+    for name in COLUMNS:
         table.add_column(f"{FIGURES[name].label}, {FIGURES[name].unit}", justify="right", overflow="fold")
     for row in study["rows"]:
-        cells = [_mean(row["figures"].get(name), FIGURES[name]) for name in STUDY_COLUMNS]
+        cells = [read_mean(row["figures"].get(name), FIGURES[name]) for name in COLUMNS]
         mark = "* " if row["name"] in study["pareto_set"] else "  "
         table.add_row(Text(mark + row["name"]), str(len(row["runs"])), *cells)
     console.print(table)
@@ -284,13 +273,5 @@ def show_study(study: dict[str, Any], out: Path) -> None:
         console.print(text, style="red", markup=False, highlight=False)
     if study["missing"]:
         console.print(f"{len(study['missing'])} runs have no figures; the same command runs them", markup=False)
-    for name in ("study.json", "study.csv", "pareto.svg"):
+    for name in ("report.html", "study.json", "study.csv", "pareto.svg"):
         console.print(f"  {out / name}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _mean(figure: dict[str, Any] | None, kind: "FigureKind") -> str:
-    """A mean with its deviation over seeds, or nothing where nobody measured."""
-    if figure is None:
-        return ""
-    values = [figure["mean"], *([] if figure["deviation"] is None else [figure["deviation"]])]
-    return " ±".join(kind.form.format(value * kind.scale) for value in values)

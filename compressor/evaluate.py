@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from compressor.data.decode import ImageFaultError, decode, strict_pillow
 from compressor.data.files import is_ignored, label_of
 from compressor.errors import DataError, did_you_mean
-from compressor.metrics import wilson_interval
+from compressor.metrics import calibration_error, probabilities, wilson_interval
 from compressor.runtime import DEFAULT, predict, read_labels
 
 
@@ -42,6 +42,8 @@ class Evaluation:
         interval: Wilson interval of `top1`, 95 %.
         per_class: Label to counts, in index order.
         confusion: `confusion[i][j]` images of class i named j.
+        calibration_error: Mean distance of confidence from the share of images named right, see
+            `metrics.calibration_error`.
     """
 
     top1: float
@@ -50,6 +52,7 @@ class Evaluation:
     interval: tuple[float, float]
     per_class: dict[str, ClassCount]
     confusion: tuple[tuple[int, ...], ...]
+    calibration_error: float
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for `--json`."""
@@ -90,7 +93,8 @@ def summarise(logits: NDArray[np.float32], truth: NDArray[np.int64], labels: Seq
         raise DataError(f"evaluation: logits {logits.shape} for {len(truth)} images and {len(labels)} labels")
     classes = len(labels)
     confusion = np.zeros((classes, classes), np.int64)
-    np.add.at(confusion, (truth, logits.argmax(1)), 1)
+    named = logits.argmax(1)
+    np.add.at(confusion, (truth, named), 1)
     correct = int(np.trace(confusion))
     top5 = None
     if classes > 5:
@@ -106,6 +110,7 @@ def summarise(logits: NDArray[np.float32], truth: NDArray[np.int64], labels: Seq
             for index, label in enumerate(labels)
         },
         confusion=tuple(tuple(int(value) for value in row) for row in confusion),
+        calibration_error=calibration_error(probabilities(logits).max(1), named == truth),
     )
 
 
@@ -157,6 +162,7 @@ def format_evaluation(evaluation: Evaluation) -> str:
     lines = [f"top-1 {evaluation.top1:.4f} (95 % interval {low:.4f}-{high:.4f}) on {evaluation.n} images"]
     if evaluation.top5 is not None:
         lines.append(f"top-5 {evaluation.top5:.4f}")
+    lines.append(f"expected calibration error {evaluation.calibration_error:.4f}")
     labels = list(evaluation.per_class)
     weakest = sorted(labels, key=lambda label: evaluation.per_class[label].fraction)[:5]
     for label in weakest:

@@ -29,6 +29,20 @@ class MemoryUse:
     average_bytes: int = 0
     samples: list[tuple[float, int]] = field(default_factory=list, repr=False)
 
+    def over_time(self, points: int = 120) -> dict[str, list[float]]:
+        """The samples at so many moments at most: `seconds` since the first, and the most `bytes` until the next."""
+        if not self.samples:
+            return {"seconds": [], "bytes": []}
+        start, end = self.samples[0][0], self.samples[-1][0]
+        most: dict[int, int] = {}
+        for moment, size in self.samples:
+            place = min(int((moment - start) / max(end - start, 1e-9) * points), points - 1)
+            most[place] = max(most.get(place, 0), size)
+        return {
+            "seconds": [round(place * (end - start) / points, 3) for place in most],
+            "bytes": list(most.values()),
+        }
+
 
 def resident_bytes() -> int:
     """Bytes of physical memory this process holds now."""
@@ -98,6 +112,7 @@ def joined(first: MemoryUse, first_s: float, second: MemoryUse, second_s: float)
         average_bytes=round(
             (first.average_bytes * first_s + second.average_bytes * second_s) / max(first_s + second_s, 1e-9)
         ),
+        samples=[*first.samples, *second.samples],
     )
 
 

@@ -17,6 +17,27 @@ def top1(logits: NDArray[np.floating], labels: NDArray[np.integer]) -> NDArray[n
     return np.asarray(logits.argmax(axis=1) == labels)
 
 
+def probabilities(logits: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Softmax over the last axis: `(N, C)` -> `(N, C)`."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(axis=1, keepdims=True))
+
+
+def calibration_error(confidences: NDArray[np.floating], hits: NDArray[np.bool_], bins: int = 15) -> float:
+    """How far confidence is from being right: expected calibration error (arXiv 1706.04599) over bins of equal width.
+
+    Args:
+        confidences: (N,) probability of the class that was named, 0..1.
+        hits: (N,) whether it was the right one.
+        bins: Of confidence.
+    """
+    if not len(hits):
+        raise ValueError("calibration needs at least one image")
+    place = np.clip(np.ceil(confidences * bins).astype(int) - 1, 0, bins - 1)
+    gaps = np.bincount(place, hits.astype(np.float64) - confidences, bins)
+    return float(np.abs(gaps).sum() / len(hits))
+
+
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     """95 % score interval of a proportion (Wilson 1927, doi 10.1080/01621459.1927.10502953)."""
     if total < 1:

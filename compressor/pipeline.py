@@ -32,6 +32,7 @@ from compressor.models import zoo
 from compressor.models.counting import count
 from compressor.models.custom import Own, own_network
 from compressor.models.weights import WeightsReport
+from compressor.pages.files import write_run_files
 from compressor.precision import TrainingPrecision, faster_precision
 from compressor.proof import prove
 from compressor.recipe import DropBlocks, Finetune, ModelSection, Quantize, Recipe, Stage, custom_model
@@ -125,6 +126,7 @@ def compress(
             notes=state.notes,
         )
         write_report(partial / "report.json", report)
+        write_run_files(partial, report, run.resolve().name)
         publish(partial, run, state.records, force=force)
     return report
 

@@ -23,7 +23,8 @@ from compressor.data import Dataset
 from compressor.export import convert_float_ir, ir_bytes, publish_float, publish_int8, save_ir
 from compressor.layer_report import Costs, compare_layers, costs_of, recommend, untold
 from compressor.measurement import Networks, footprint_of, measure_speed
-from compressor.metrics import paired_interval, top1, wilson_interval
+from compressor.metrics import calibration_error, paired_interval, probabilities, top1, wilson_interval
+from compressor.mistakes import mistakes_of
 from compressor.parity import check_float, check_int8, violations
 from compressor.profiling import profile
 from compressor.recipe import Finetune, Quantize, Recipe
@@ -66,7 +67,7 @@ def prove(
     with timed("parity"):
         parity, missed = _parity(context, recipe, networks, files)
     with timed("accuracy"):
-        accuracy = _accuracy(context, networks, files)
+        accuracy, mistakes = _accuracy(context, networks, files)
     with timed("benchmark"):
         speed = measure_speed(context, recipe.benchmark, networks, files)
     with timed("layers"):
@@ -119,6 +120,7 @@ def prove(
         },
         timing={**clock.seconds, "total": clock.elapsed()},
         notes=(*notes, *extra),
+        mistakes=mistakes,
         recommended=None if missed else recommended,
         layers=compare_layers(costs["baseline"], costs["result"]),
         layer_totals={name: cost.totals for name, cost in costs.items()},
@@ -166,11 +168,12 @@ def _parity(
     return figures, [f"parity: {line}" for line in missed]
 
 
-def _accuracy(context: Context, networks: Networks, files: Mapping[str, Path]) -> dict[str, Any]:
-    """Top-1 on the test split, measured on the published IR through its own preprocessing."""
+def _accuracy(context: Context, networks: Networks, files: Mapping[str, Path]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Top-1 on the test split, measured on the published IR through its own preprocessing; and the mistakes."""
     data = context.data
     labels = np.asarray(data.test.labels)
-    right = {"result": top1(predict(files["result"], data.test.images, DEFAULT), labels)}
+    logits = predict(files["result"], data.test.images, DEFAULT)
+    right = {"result": top1(logits, labels)}
     if networks.baseline_trained:
         right["baseline"] = top1(predict(files["baseline"], context.baseline_data.test.images, F32), labels)
     figures: dict[str, Any] = {"test_images": len(labels)}
@@ -179,7 +182,8 @@ def _accuracy(context: Context, networks: Networks, files: Mapping[str, Path]) -
         figures[name] = {"accuracy": correct / total, "ci": wilson_interval(correct, total)}
     if "baseline" in right:
         figures["difference_ci"] = paired_interval(right["result"], right["baseline"])
-    return figures
+    figures["calibration_error"] = calibration_error(probabilities(logits).max(1), right["result"])
+    return figures, mistakes_of(logits, labels, data.test.images, data.test.names)
 
 
 def _layers(

@@ -67,6 +67,7 @@ class Report:
     environment: dict[str, Any]
     timing: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    mistakes: dict[str, Any] = field(default_factory=dict)  # of the result on test images: `mistakes.mistakes_of`
     recommended: str | None = None  # the artifact to deploy; None where nothing was published
     layers: tuple[dict[str, Any], ...] = ()  # see `layer_report.compare_layers`
     layer_totals: dict[str, Any] = field(

@@ -86,6 +86,8 @@ def run_stage(
         raise TrainingError(
             f"{assignment.where}: {len(bad)} tensors are not finite any more, first {bad[0]}; lower the learning rate"
         )
+    if work.memory is not None:
+        work.details["memory_over_time"] = work.memory.over_time()
     kept = dataclasses.replace(
         network,
         module=module,

@@ -16,9 +16,10 @@ from compressor import environment
 from compressor.artifacts import atomic_write, write_json
 from compressor.benchmark import Candidate, candidates_of, measure_latency, random_images
 from compressor.errors import DataError, RecipeError
-from compressor.report import Report, images_trained, read_report
-from compressor.study_chart import study_svg
-from compressor.study_figures import compare, figures_of, row_figures
+from compressor.pages.study_page import study_page
+from compressor.report import Report, read_report
+from compressor.study_chart import study_chart
+from compressor.study_figures import compare, row_figures, run_line
 from compressor.study_processes import BUDGET_MISSED, run_all
 from compressor.study_spec import FIGURES, LoadedStudy, PlannedRun, load_study
 
@@ -134,7 +135,8 @@ def _publish(
     write_json(study_dir / "study.json", study)
     atomic_write(study_dir / "study.csv", as_csv(study))
     if any(row["figures"] for row in study["rows"]):
-        atomic_write(study_dir / "pareto.svg", study_svg(study))
+        atomic_write(study_dir / "pareto.svg", study_chart(study).svg)
+    atomic_write(study_dir / "report.html", study_page(study))
     return study
 
 
@@ -187,7 +189,9 @@ def study_json(
     rows: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(planned.row for planned in loaded.runs):
         runs = [run for run in finished if run.planned.row == name]
-        told = [_run_json(run, in_turns) for run in runs]
+        told = [run_line(run.report, run.planned.seed) for run in runs]
+        for line in told:
+            line["figures"] |= {} if in_turns is None else {"latency_ms": in_turns[name]}
         images = {run["test_images"] for run in told}
         figures = row_figures([run["figures"] for run in told], min(images)) if told else {}
         rows[name] = {"name": name, "runs": told, "figures": figures}
@@ -217,27 +221,6 @@ def study_json(
         "published": [p.model_dump(mode="json") for p in loaded.study.published],
         "environment": environment.describe(),
         "notes": notes,
-    }
-
-
-def _run_json(run: Finished, in_turns: Mapping[str, float] | None) -> dict[str, Any]:
-    """One run's line in a study."""
-    report = run.report
-    figures = figures_of(report)
-    if in_turns is not None:
-        figures["latency_ms"] = in_turns[run.planned.row]
-    trained = sum(images_trained(stage) for stage in report.stages)
-    return {
-        "seed": run.planned.seed,
-        "status": report.verdict["status"],
-        "reasons": report.verdict["reasons"],
-        "recipe_hash": report.recipe["hash"],
-        "figures": figures,
-        "epochs": trained / report.data["totals"]["train"],
-        "test_images": report.benchmark["accuracy"]["test_images"],
-        "pretrained": bool(report.weights.get("loaded")),
-        "memory_floor_bytes": report.benchmark.get("memory_floor_bytes"),
-        "cpu": report.environment.get("cpu"),
     }
 
 

@@ -6,13 +6,13 @@ Invariant: measured rows and published figures never look alike.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compressor.chart import as_svg
+from compressor.chart import Chart, draw_chart
 from compressor.study_spec import FIGURES
 
 ON_FRONT, DOMINATED, PUBLISHED = "#0072B2", "#999999", "#D55E00"
 
 
-def study_svg(study: Mapping[str, Any]) -> str:
+def study_chart(study: Mapping[str, Any]) -> Chart:
     """Draw what `study.run_study` returned: a panel for each figure to be small, all with the same vertical axis."""
     objectives = study["objectives"]
     upward = objectives["maximize"][0] if objectives["maximize"] else objectives["minimize"][-1]
@@ -26,7 +26,7 @@ def study_svg(study: Mapping[str, Any]) -> str:
         panels[0].legend(*_legend(panels), loc="best", fontsize=8)
 
     size = (1.0 + 5.5 * len(across), 5.0)
-    return as_svg(draw, size, study["title"], _description(study, upward, across))
+    return draw_chart(study["title"], _description(study, upward, across), size, draw)
 
 
 def _draw(panel: Any, study: Mapping[str, Any], name: str, upward: str) -> None:

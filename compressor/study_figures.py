@@ -9,8 +9,8 @@ from typing import Any
 
 from compressor.metrics import wilson_interval
 from compressor.pareto import Figure, Objective, Point, dominated_by, normalised_hypervolume
-from compressor.report import Report
-from compressor.study_spec import FIGURES, Objectives
+from compressor.report import Report, images_trained
+from compressor.study_spec import FIGURES, FigureKind, Objectives
 
 
 def figures_of(report: Report) -> dict[str, float]:
@@ -34,6 +34,30 @@ def figures_of(report: Report) -> dict[str, float]:
         after = last["history"][-1]["seconds"] - _seconds_to_best(last)
         found["best_epoch_s"] = None if result["train_time_s"] is None else result["train_time_s"] - after
     return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def run_line(report: Report, seed: int) -> dict[str, Any]:
+    """One run's line in a study, as plain JSON values."""
+    return {
+        "seed": seed,
+        "status": report.verdict["status"],
+        "reasons": report.verdict["reasons"],
+        "recipe_hash": report.recipe["hash"],
+        "figures": figures_of(report),
+        "epochs": sum(images_trained(stage) for stage in report.stages) / report.data["totals"]["train"],
+        "test_images": report.benchmark["accuracy"]["test_images"],
+        "pretrained": bool(report.weights.get("loaded")),
+        "memory_floor_bytes": report.benchmark.get("memory_floor_bytes"),
+        "cpu": report.environment.get("cpu"),
+    }
+
+
+def read_mean(figure: Mapping[str, Any] | None, kind: FigureKind) -> str:
+    """A mean with its deviation over seeds, as people read it, or nothing where nobody measured."""
+    if figure is None:
+        return ""
+    values = [figure["mean"], *([] if figure["deviation"] is None else [figure["deviation"]])]
+    return " ±".join(kind.form.format(value * kind.scale) for value in values)
 
 
 def _seconds_to_best(details: Mapping[str, Any]) -> float:

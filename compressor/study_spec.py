@@ -71,6 +71,17 @@ FIGURES: Mapping[str, FigureKind] = {
     "best_epoch_s": FigureKind("training until the weights that were kept, all stages", "training to the best", "s"),
     "train_time_s": FigureKind("training, all stages", "training", "s", 1.0, "{:.0f}"),
 }
+# Those that fit a table for people.
+COLUMNS = (
+    "accuracy",
+    "latency_ms",
+    "training_avg_memory_bytes",
+    "training_peak_memory_bytes",
+    "epoch_s",
+    "params",
+    "macs",
+    "size_bytes",
+)
 _MEANINGS = "; ".join(f"{name} = {kind.meaning}" for name, kind in FIGURES.items())
 FigureName = Literal[
     "accuracy",

@@ -16,7 +16,7 @@ from torch import nn
 
 from compressor import cli, group_figures, inspection
 from compressor.artifacts import atomic_write
-from compressor.chart import inspection_svg
+from compressor.chart import inspection_chart
 from compressor.checkpoint import Network, load_network, save_network
 from compressor.context import Assignment, Context, Work
 from compressor.data import Dataset, load_dataset
@@ -399,7 +399,7 @@ def test_the_command_shows_a_table_of_a_hundred_columns_and_draws(
     assert "Most of the FP32 time" in str(desc.text)
     texts = {"".join(element.itertext()) for element in root.iter("{http://www.w3.org/2000/svg}text")}
     assert {group["name"] for group in found["groups"]} | {"latency of the group's layers, ms"} <= texts
-    assert inspection_svg(found) == drawing.read_text(), "the same figures, the same bytes"
+    assert inspection_chart(found).svg == drawing.read_text(), "the same figures, the same bytes"
     assert cli.main(["inspect", str(recipe), "--chart", "groups.png"]) == 2
     assert "allowed a file ending in .svg" in capsys.readouterr().err
 

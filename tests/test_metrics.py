@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressor.metrics import paired_interval, top1, wilson_interval
+from compressor.metrics import calibration_error, paired_interval, probabilities, top1, wilson_interval
 
 
 def test_wilson_interval_matches_published_values() -> None:
@@ -54,3 +54,26 @@ def test_paired_interval_needs_the_same_images() -> None:
 def test_top1_counts_images_not_batches() -> None:
     logits = np.array([[0.1, 0.9], [2.0, 1.0], [0.0, 1.0]])
     assert top1(logits, np.array([1, 0, 0])).tolist() == [True, True, False]
+
+
+def test_calibration_error_by_hand() -> None:
+    confidences = np.array([0.55, 0.58, 0.95, 0.95])  # with ten bins: two in one, two in another
+    hits = np.array([True, False, True, True])
+    expected = (abs(1 - 0.55 - 0.58) + abs(2 - 1.9)) / 4
+    assert calibration_error(confidences, hits, bins=10) == pytest.approx(expected)
+    assert calibration_error(np.array([1.0, 1.0]), np.array([True, True])) == 0.0
+    with pytest.raises(ValueError, match="at least one image"):
+        calibration_error(np.zeros(0), np.zeros(0, bool))
+
+
+@given(st.integers(0, 1000), st.integers(1, 60))
+def test_calibration_error_lies_between_the_mean_gap_and_one(seed: int, count: int) -> None:
+    rng = np.random.default_rng(seed)
+    confidences, hits = rng.uniform(0.1, 1, count), rng.random(count) < 0.5
+    error = calibration_error(confidences, hits)
+    assert abs(confidences.mean() - hits.mean()) - 1e-9 <= error <= 1
+
+
+def test_probabilities_add_up_and_do_not_overflow() -> None:
+    found = probabilities(np.array([[1000.0, 1000.0], [-1000.0, 0.0]], np.float32))
+    assert found.tolist() == [[0.5, 0.5], [0.0, 1.0]]
