@@ -34,6 +34,7 @@ TAKE_A_VALUE = (
     "--chart",
     "--scale",
     "--jobs",
+    "--ir",
 )  # what follows is no command
 SCARCE = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.EROFS)
 EXIT_CODES = (

@@ -282,6 +282,28 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
+def _deploy_arguments(parser: argparse.ArgumentParser) -> None:
+    _run_folder_argument(parser)
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder to create; DIR.zip lies beside it"
+    )
+    parser.add_argument("--ir", choices=("int8", "fp32"), help="which network (default: the one the report recommends)")
+    parser.add_argument("--calls", type=at_least_one, default=100, help="timed calls on this machine (default 100)")
+    parser.add_argument("--force", action="store_true", help="replace what is there")
+
+
+def _deploy(args: argparse.Namespace) -> int:
+    from compressor.deploy import deploy
+
+    made = deploy(args.run_dir_to_check, args.out, ir=args.ir, force=args.force, calls=args.calls)
+    if args.json:
+        print(json.dumps(made))
+    else:
+        print(f"{made['folder']}: {made['ir']}, {made['latency_ms']:.2f} ms here; {', '.join(made['files'])}")
+        print(made["zip"])
+    return 0
+
+
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("ir", type=Path, metavar="IR.xml", help="an OpenVINO IR made by this toolkit")
     parser.add_argument(
@@ -366,6 +388,7 @@ COMMANDS: dict[str, Command] = {
     "schema": (_schema, _schema_arguments, "print the JSON Schema of recipes"),
     "verify": (_verify, _run_folder_argument, "check every file of a run against its manifest"),
     "report": (_report, _report_arguments, "make the pages of runs and studies anew, and put runs side by side"),
+    "deploy": (_deploy, _deploy_arguments, "bundle a run's network for a device that has no toolkit"),
     "eval": (_eval, _eval_arguments, "score an IR on a folder of images"),
     "bench": (_bench, _bench_arguments, "time a run's baseline and result, or one IR, on this machine"),
     "weights": (_weights, _fetch_arguments, "fetch pretrained weights into the cache"),

@@ -11,10 +11,11 @@ import pytest
 import torch
 from hypothesis import settings
 from target_stages import fresh_network, time_by_weight, tiny_context
-from tiny_networks import make_images, stand_in
+from tiny_networks import DISTILLED, DROP, FINETUNE, QUANTIZE, make_images, stand_in, write_recipe
 
 from compressor.checkpoint import Network
 from compressor.context import Context
+from compressor.pipeline import compress
 
 # The same examples every time, so that a commit does not fail for what another one did; HYPOTHESIS_PROFILE=explore
 # draws new ones. No deadlines: how long an example takes says more about the machine than about the code.
@@ -52,6 +53,19 @@ def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_network() -> Iterator[None]:
     with stand_in():
         yield
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that makes mistakes: some of its test images lie in the wrong folder. Leave it as it is."""
+    root = tmp_path_factory.mktemp("finished")
+    images = make_images(root / "images")
+    for i in range(3):
+        (images / "test" / "red" / f"{i:03d}.png").rename(images / "test" / "green" / f"moved{i}.png")
+    recipe = write_recipe(root / "recipe.yaml", images, FINETUNE, DROP, DISTILLED, QUANTIZE)
+    with stand_in():
+        assert compress(recipe, root / "run").passed
+    return root / "run"
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
-from tiny_networks import DISTILLED, DROP, FINETUNE, QUANTIZE, make_images, stand_in, write_recipe
 
 from compressor.artifacts import verify_manifest
 from compressor.cli import main
@@ -24,7 +23,6 @@ from compressor.pages.markdown import escaped, fenced, model_card, run_markdown
 from compressor.pages.run_page import run_page
 from compressor.pages.study_page import side_by_side, study_page
 from compressor.pages.words import changes, duration, milliseconds
-from compressor.pipeline import compress
 from compressor.report import Footprint, Report, read_report
 
 FILES = ("report.html", "report.md", "results.csv", "model_card.md")
@@ -32,17 +30,9 @@ HOSTILE = "<script>alert('x')</script>"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run that makes mistakes: some of its test images lie in the wrong folder."""
-    root = tmp_path_factory.mktemp("pages")
-    images = make_images(root / "images")
-    for i in range(3):
-        (images / "test" / "red" / f"{i:03d}.png").rename(images / "test" / "green" / f"moved{i}.png")
-    recipe = write_recipe(root / "recipe.yaml", images, FINETUNE, DROP, DISTILLED, QUANTIZE)
-    with stand_in():
-        assert compress(recipe, root / "run").passed
-    return root / "run"
+@pytest.fixture
+def run(finished_run: Path) -> Path:
+    return finished_run
 
 
 @pytest.fixture
@@ -93,7 +83,10 @@ def test_a_run_leaves_its_pages_and_they_are_in_the_manifest(run: Path) -> None:
     assert verify_manifest(run) == []
 
 
-def test_pages_are_made_anew_from_the_report_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pages_are_made_anew_from_the_report_alone(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(finished_run, tmp_path / "run")
     before = {name: (run / name).read_bytes() for name in FILES}
     for name in FILES:
         (run / name).write_text("lost")
