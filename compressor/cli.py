@@ -35,6 +35,9 @@ TAKE_A_VALUE = (
     "--scale",
     "--jobs",
     "--ir",
+    "--from-data",
+    "--model",
+    "--min-accuracy",
 )  # what follows is no command
 SCARCE = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.EROFS)
 EXIT_CODES = (
@@ -46,6 +49,10 @@ log = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors become one message on stderr."""
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks what may come next
+        from compressor.completion import complete
+
+        complete(build_parser())
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = argparse.Namespace(debug="--debug" in arguments, json="--json" in arguments)  # until they are parsed
     with lasting_interrupts() as interrupts:
@@ -153,10 +160,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, (function, add_arguments, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=EXIT_CODES)
-        command.set_defaults(command=function)
-        add_arguments(command)
+    for name, entry in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=entry.text,
+            description=entry.text[0].upper() + entry.text[1:] + ".",
+            epilog="\n".join(["examples:", *(f"  compress.py {name} {words}".rstrip() for words in entry.examples)]),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(command=entry.run)
+        entry.add_arguments(command)
         command.add_argument(
             "--json", action="store_true", help="print the result as JSON on stdout, and nothing else there"
         )

@@ -8,11 +8,13 @@ import argparse
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-EXIT_MISSED = 3
+EXIT_MISSED, EXIT_DATA, EXIT_RESOURCE = 3, 4, 5
 
 
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -309,6 +311,7 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "data", type=Path, metavar="DATA", help="a folder with one sub-folder of images per class, or one with test/"
     )
+    parser.add_argument("--min-accuracy", type=fraction, metavar="X", help="exit with 3 where top-1 is below this")
 
 
 def _eval(args: argparse.Namespace) -> int:
@@ -316,7 +319,21 @@ def _eval(args: argparse.Namespace) -> int:
 
     evaluation = evaluate_ir(args.ir, args.data)
     print(json.dumps(evaluation.to_json()) if args.json else format_evaluation(evaluation))
+    if args.min_accuracy is not None and evaluation.top1 < args.min_accuracy:
+        print(f"top-1 {evaluation.top1:.4f} is below --min-accuracy {args.min_accuracy:g}", file=sys.stderr)
+        return EXIT_MISSED
     return 0
+
+
+def fraction(text: str) -> float:
+    """A number from 0 to 1, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"found '{text}', allowed a number from 0 to 1")
+    return value
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
@@ -348,7 +365,12 @@ def _fetch_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _data_arguments(parser: argparse.ArgumentParser) -> None:
-    _fetch_arguments(parser)
+    parser.add_argument(
+        "action",
+        choices=("fetch", "inspect"),
+        help="fetch: download once, for runs without a network; inspect: counts, sizes, duplicates, leaks, faults",
+    )
+    parser.add_argument("name", metavar="NAME|DIR", help="what to fetch, or the folder or .tar to inspect")
     parser.add_argument("--dest", type=Path, default=Path("data"), help="folder to put it in (default: data/)")
 
 
@@ -364,6 +386,8 @@ def _weights(args: argparse.Namespace) -> int:
 
 
 def _data(args: argparse.Namespace) -> int:
+    if args.action == "inspect":
+        return _data_inspect(args)
     from compressor import console
 
     with console.logging_to_stderr(quiet=args.quiet, verbose=args.verbose):
@@ -374,23 +398,215 @@ def _data(args: argparse.Namespace) -> int:
     return 0
 
 
-Command = tuple[Callable[[argparse.Namespace], int], Callable[[argparse.ArgumentParser], None], str]
+def _data_inspect(args: argparse.Namespace) -> int:
+    from compressor.data.survey import format_survey, survey
+
+    found = survey(Path(args.name).expanduser())
+    print(json.dumps(found) if args.json else format_survey(found))
+    return EXIT_DATA if found["faults"] else 0
+
+
+def _no_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from compressor.doctor import examine, format_examination
+
+    found = examine()
+    print(json.dumps(found) if args.json else format_examination(found))
+    return EXIT_RESOURCE if found["problems"] else 0
+
+
+def _ls(args: argparse.Namespace) -> int:
+    from compressor.shipped import shipped
+
+    known = shipped()
+    if args.json:
+        print(json.dumps([{"name": one.name, "path": str(one.path), "purpose": one.purpose} for one in known]))
+    else:
+        indent = 2 + max(len(one.name) for one in known)
+        for one in known:
+            told = textwrap.fill(one.purpose, 120, initial_indent=" " * indent, subsequent_indent=" " * indent)
+            print(f"{one.name:{indent}}{told[indent:]}")
+    return 0
+
+
+def _new_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", metavar="NAME", help="a shipped recipe; `ls` lists them")
+    parser.add_argument("dest", nargs="?", type=Path, metavar="DEST", help="file to write (default: NAME.yaml here)")
+    parser.add_argument(
+        "--from-data", type=Path, metavar="DIR", help="write a recipe that fits this folder of images instead"
+    )
+    parser.add_argument(
+        "--model",
+        default="xception",
+        help="with --from-data: xception, timm/NAME or torchvision/NAME (default xception)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace what is there")
+
+
+def _new(args: argparse.Namespace) -> int:
+    from compressor.errors import RecipeError
+    from compressor.shipped import adapted, find_shipped, new_recipe
+
+    if args.from_data is None:
+        if args.name is None:
+            raise RecipeError("new: found no NAME, needs one of `compress.py ls`, or --from-data DIR")
+        one = find_shipped(args.name)
+        target = args.dest or Path(Path(one.name).name + ".yaml")
+        text = adapted(one, target)
+    else:
+        from compressor.data.survey import survey
+        from compressor.fitted_recipe import recipe_for
+
+        if args.dest is not None:
+            raise RecipeError(f"new: found {args.dest} as well, needs one DEST beside --from-data")
+        target = Path(args.name or f"{args.from_data.resolve().name}.yaml")
+        text = recipe_for(survey(args.from_data), args.from_data, args.model, target)
+    path = new_recipe(text, target, force=args.force)
+    print(json.dumps({"path": str(path)}) if args.json else path)
+    return 0
+
+
+def _explain_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("key", nargs="?", metavar="KEY", help="a key or the end of its path: prune.round_to, round_to")
+    parser.add_argument("--markdown", action="store_true", help="print all keys as a page")
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from compressor.errors import RecipeError
+    from compressor.explain import MISSING, as_markdown, explain, format_keys
+
+    if args.markdown:
+        sys.stdout.write(as_markdown())
+        return 0
+    if args.key is None:
+        raise RecipeError("explain: found no KEY; give one, such as prune.round_to, or --markdown for all")
+    found = explain(args.key)
+    if args.json:
+        told = [{name: value for name, value in vars(key).items() if value is not MISSING} for key in found]
+        print(json.dumps(told))
+    else:
+        print(format_keys(found))
+    return 0
+
+
+def _completion_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="whose completion to print")
+
+
+def _completion(args: argparse.Namespace) -> int:
+    from compressor.completion import shell_code
+
+    sys.stdout.write(shell_code(args.shell))
+    return 0
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a command does, the arguments it adds, what is said of it, and two ways to use it."""
+
+    run: Callable[[argparse.Namespace], int]
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    text: str
+    examples: tuple[str, str]
+
+
 COMMANDS: dict[str, Command] = {
-    "run": (_run, _run_arguments, "run a recipe: train, compress, export, prove, report"),
-    "validate": (_validate, _recipe_arguments, "check a recipe and report every fault at once"),
-    "plan": (_plan, _model_arguments, "show what a recipe would do to the network, without training; writes nothing"),
-    "inspect": (
+    "run": Command(
+        _run,
+        _run_arguments,
+        "run a recipe: train, compress, export, prove, report",
+        ("recipes/xception_slim.yaml", "mine.yaml --set data.path=images --out runs/mine --resume"),
+    ),
+    "validate": Command(
+        _validate,
+        _recipe_arguments,
+        "check a recipe and report every fault at once",
+        ("mine.yaml", "mine.yaml --set stages[1].epochs=3"),
+    ),
+    "plan": Command(
+        _plan,
+        _model_arguments,
+        "show what a recipe would do to the network, without training; writes nothing",
+        ("recipes/xception_slim.yaml", "mine.yaml --factory mypackage.nets:make"),
+    ),
+    "inspect": Command(
         _inspect,
         _inspect_arguments,
-        "show what each channel group of a recipe's network costs and is worth, and suggest a recipe",
+        "show what each channel group costs and is worth, and suggest a recipe",
+        ("mine.yaml --chart groups.svg", "mine.yaml --sensitivity --run runs/mine"),
     ),
-    "study": (_study, _study_arguments, "run recipes side by side, with several seeds, and compare them"),
-    "schema": (_schema, _schema_arguments, "print the JSON Schema of recipes"),
-    "verify": (_verify, _run_folder_argument, "check every file of a run against its manifest"),
-    "report": (_report, _report_arguments, "make the pages of runs and studies anew, and put runs side by side"),
-    "deploy": (_deploy, _deploy_arguments, "bundle a run's network for a device that has no toolkit"),
-    "eval": (_eval, _eval_arguments, "score an IR on a folder of images"),
-    "bench": (_bench, _bench_arguments, "time a run's baseline and result, or one IR, on this machine"),
-    "weights": (_weights, _fetch_arguments, "fetch pretrained weights into the cache"),
-    "data": (_data, _data_arguments, "fetch a data set and lay it out for a recipe"),
+    "study": Command(
+        _study,
+        _study_arguments,
+        "run recipes side by side, with several seeds, and compare them",
+        ("recipes/studies/paper_caltech101.yaml --list", "recipes/studies/paper_pcb.yaml --scale small"),
+    ),
+    "schema": Command(
+        _schema, _schema_arguments, "print the JSON Schema of recipes", ("> recipe.schema.json", "--study")
+    ),
+    "verify": Command(
+        _verify,
+        _run_folder_argument,
+        "check every file of a run against its manifest",
+        ("runs/mine", "runs/mine --json"),
+    ),
+    "report": Command(
+        _report,
+        _report_arguments,
+        "make the pages of runs and studies anew, and put runs side by side",
+        ("runs/mine", "runs/mine runs/other --out both.html"),
+    ),
+    "deploy": Command(
+        _deploy,
+        _deploy_arguments,
+        "bundle a run's network for a device that has no toolkit",
+        ("runs/mine --out edge", "runs/mine --out edge --ir fp32 --force"),
+    ),
+    "eval": Command(
+        _eval,
+        _eval_arguments,
+        "score an IR on a folder of images",
+        ("runs/mine/artifacts/result_int8.xml images/test", "edge/model.xml images --min-accuracy 0.9"),
+    ),
+    "bench": Command(
+        _bench,
+        _bench_arguments,
+        "time a run's baseline and result, or one IR, on this machine",
+        ("runs/mine", "edge/model.xml --calls 500 --threads 1"),
+    ),
+    "weights": Command(
+        _weights,
+        _fetch_arguments,
+        "fetch pretrained weights into the cache",
+        ("fetch xception", "fetch timm/mobilenetv3_large_100"),
+    ),
+    "data": Command(
+        _data,
+        _data_arguments,
+        "fetch a data set, or tell what a folder of images holds",
+        ("fetch caltech101", "inspect images"),
+    ),
+    "ls": Command(_ls, _no_arguments, "list the shipped recipes and studies", ("", "--json")),
+    "new": Command(
+        _new,
+        _new_arguments,
+        "copy a shipped recipe, or write one that fits a folder of images",
+        ("xception_slim mine.yaml", "mine.yaml --from-data images --model timm/mobilenetv3_large_100"),
+    ),
+    "explain": Command(_explain, _explain_arguments, "tell what a recipe's key means", ("prune.round_to", "mixup")),
+    "doctor": Command(
+        _doctor,
+        _no_arguments,
+        "tell what this machine and installation are good for",
+        ("", "--json"),
+    ),
+    "completion": Command(
+        _completion,
+        _completion_arguments,
+        "print what makes a shell complete commands, recipes and keys",
+        ("bash >> ~/.bashrc", "fish > ~/.config/fish/completions/compressor.fish"),
+    ),
 }

@@ -71,7 +71,8 @@ def test_the_zip_holds_the_folder(bundle: Path, tmp_path: Path) -> None:
 def test_it_predicts_in_a_clean_environment(bundle: Path, bare_packages: Path, tmp_path: Path) -> None:
     absent = alone(bare_packages, "-c", "import torch")
     assert "No module named 'torch'" in absent.stderr
-    pixels = np.clip(np.random.default_rng(0).normal(110, 25, (70, 90, 3)) + (0, 70, 0), 0, 255).astype(np.uint8)
+    noise = np.random.default_rng(0).normal(110, 25, (70, 90, 3))
+    pixels = np.clip(noise + np.array([0, 70, 0]), 0, 255).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     done = alone(bare_packages, bundle / "predict.py", tmp_path / "a.png")
     assert done.returncode == 0, done.stderr

@@ -48,7 +48,7 @@ def test_an_interrupt_that_is_swallowed_comes_again_and_again() -> None:
 
 
 DISGUISED = """
-import os, signal, sys, time
+import dataclasses, os, signal, sys, time
 from compressor import cli
 signal.signal(signal.SIGINT, signal.default_int_handler)
 def disguised(args):
@@ -57,7 +57,7 @@ def disguised(args):
         time.sleep(5)
     except KeyboardInterrupt:
         raise ImportError("numpy._core.multiarray failed to import") from None
-cli.COMMANDS["schema"] = (disguised, *cli.COMMANDS["schema"][1:])
+cli.COMMANDS["schema"] = dataclasses.replace(cli.COMMANDS["schema"], run=disguised)
 sys.exit(cli.main(["schema"]))
 """
 
