@@ -6,7 +6,7 @@ turns within one process, so that a change of the load of the machine falls on a
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -90,13 +90,13 @@ def measure_latency(
     used: dict[str, int] = {}
     rounds = min(rounds, calls)
     for number in range(rounds):
-        requests = {}
+        runners = {}
         for name, candidate in candidates.items():
             compiled = compile_ir(candidate.xml, "LATENCY", _with_threads(candidate.config, threads))
-            requests[name] = compiled.create_infer_request()
+            runners[name] = _runner(compiled)
             used[name] = int(compiled.get_property("INFERENCE_NUM_THREADS"))
         here = range(calls * number // rounds, calls * (number + 1) // rounds)
-        _time_in_turns(requests, singles, times, here, warmup)
+        time_in_turns(runners, singles, times, here, warmup=warmup)
     return {
         name: Latency(
             median_ms=float(np.median(values) * 1e3),
@@ -108,25 +108,39 @@ def measure_latency(
     }
 
 
-def _time_in_turns(
-    requests: Mapping[str, ov.InferRequest],
-    images: Mapping[str, list[NDArray[np.uint8]]],
+def _runner(compiled: ov.CompiledModel) -> Callable[[NDArray[np.uint8]], object]:
+    request = compiled.create_infer_request()
+    return lambda image: request.infer({0: image})
+
+
+def time_in_turns(
+    runners: Mapping[str, Callable[[Any], object]],
+    inputs: Mapping[str, Sequence[Any]],
     times: Mapping[str, list[float]],
     calls: range,
+    *,
     warmup: int,
 ) -> None:
-    """Add the seconds of these calls of each request."""
-    for name, request in requests.items():
+    """Call several functions in turns, a few times each, and add the seconds of each call.
+
+    Args:
+        runners: Name to a function of one input.
+        inputs: What each is given, over and over.
+        times: Lists that are added to.
+        calls: Numbers of these calls among all; which input comes first.
+        warmup: Untimed calls of each beforehand.
+    """
+    for name, run in runners.items():
         for index in range(warmup):
-            request.infer({0: images[name][index % len(images[name])]})
+            run(inputs[name][index % len(inputs[name])])
     for first in range(calls.start, calls.stop, _TURN_CALLS):
-        for name, request in requests.items():
-            mine = images[name]
-            request.infer({0: mine[first % len(mine)]})  # untimed: the other candidate emptied the caches
+        for name, run in runners.items():
+            mine = inputs[name]
+            run(mine[first % len(mine)])  # untimed: the other candidate emptied the caches
             for index in range(first, min(first + _TURN_CALLS, calls.stop)):
-                image = mine[index % len(mine)]
+                value = mine[index % len(mine)]
                 start = time.perf_counter()
-                request.infer({0: image})
+                run(value)
                 times[name].append(time.perf_counter() - start)
 
 

@@ -38,6 +38,7 @@ TAKE_A_VALUE = (
     "--from-data",
     "--model",
     "--min-accuracy",
+    "--tensorboard",
 )  # what follows is no command
 SCARCE = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.EROFS)
 EXIT_CODES = (

@@ -267,6 +267,9 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.html",
         help="also put the runs side by side in this page, and a .csv beside it",
     )
+    parser.add_argument(
+        "--tensorboard", type=Path, metavar="DIR", help="also write the figures for TensorBoard, if installed"
+    )
 
 
 def html_file(text: str) -> Path:
@@ -279,7 +282,7 @@ def html_file(text: str) -> Path:
 def _report(args: argparse.Namespace) -> int:
     from compressor.pages.files import rebuild
 
-    pages = rebuild(args.folders, args.out)
+    pages = rebuild(args.folders, args.out, args.tensorboard)
     print(json.dumps({"pages": [str(page) for page in pages]}) if args.json else "\n".join(map(str, pages)))
     return 0
 
@@ -342,6 +345,9 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--calls", type=at_least_one, default=100, help="timed calls per model (default 100)")
     parser.add_argument("--threads", type=at_least_one, help="inference threads (default: OpenVINO's choice)")
+    parser.add_argument(
+        "--quick", action="store_true", help="of a run: only the IRs, not PyTorch and ONNX beside them as well"
+    )
 
 
 def at_least_one(text: str) -> int:
@@ -355,7 +361,13 @@ def _bench(args: argparse.Namespace) -> int:
     from compressor.benchmark import bench_target, format_bench
 
     result = bench_target(args.target, calls=args.calls, threads=args.threads)
-    print(json.dumps(result) if args.json else format_bench(result))
+    text = format_bench(result)
+    if (args.target / "report.json").is_file() and not args.quick:
+        from compressor.bench_formats import bench_formats, format_formats
+
+        result["formats"] = bench_formats(args.target, calls=args.calls, threads=args.threads)
+        text += "\n\n" + format_formats(result["formats"])
+    print(json.dumps(result) if args.json else text)
     return 0
 
 

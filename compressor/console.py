@@ -22,19 +22,24 @@ if TYPE_CHECKING:
     from compressor.study_spec import LoadedStudy
 
 
+SPEED_PERIOD_S = 1800.0
+
+
 class LiveHandler(logging.Handler):
     """Draws training progress in one live line and prints every other record above it."""
 
     def __init__(self, progress: Progress, level: int):
         super().__init__(logging.DEBUG)
-        self.progress, self.shown_level = progress, level
+        self.progress, self.shown_level, self.stage = progress, level, ""
         self.task = progress.add_task("starting", total=None)
 
     def emit(self, record: logging.LogRecord) -> None:
+        self.stage = getattr(record, "stage", self.stage)
         state = getattr(record, "progress", None)
         if state is not None:
             val = "" if state.val_accuracy is None else f"  val {state.val_accuracy:.4f}"
-            text = f"epoch {state.epoch}/{state.epochs}  loss {state.loss:.4f}{val}"
+            where = f"{self.stage}  " if self.stage else ""
+            text = f"{where}epoch {state.epoch}/{state.epochs}  loss {state.loss:.4f}{val}"
             if state.step <= 1:
                 self.progress.reset(self.task, total=state.steps)
             self.progress.update(self.task, description=text, total=state.steps, completed=state.step)
@@ -78,7 +83,8 @@ def _live(console: Console, level: int) -> Iterator[logging.Handler]:
         TextColumn("ETA"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    # Validation and the data of a new epoch make pauses: speed is that of the last minutes, not of the last seconds.
+    with Progress(*columns, console=console, transient=True, speed_estimate_period=SPEED_PERIOD_S) as progress:
         yield LiveHandler(progress, level)
 
 
@@ -126,6 +132,8 @@ def show_report(report: "Report", run: Path) -> None:
     )
     for artifact in report.artifacts:
         console.print(f"  {run / artifact.path}", markup=False, highlight=False, soft_wrap=True)
+    if (page := run / "report.html").is_file():
+        console.print(f"page: {page}", markup=False, highlight=False, soft_wrap=True)
     if report.recommended:
         console.print(f"recommended: {run / report.recommended}", markup=False, highlight=False, soft_wrap=True)
 

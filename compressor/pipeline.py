@@ -284,7 +284,8 @@ def _run_stages(state: _Run, network: Network) -> Networks:
                 network = _load_stage(state, folder)
             log.info("stage %d/%d %s: reused", i + 1, len(stages), stages[i].type)
             continue
-        log.info("stage %d/%d %s", i + 1, len(stages), stages[i].type)
+        told = f"stage {i + 1}/{len(stages)} {stages[i].type}"
+        log.info("%s", told, extra={"stage": told})
         network = _run_one(state, i, network, keys[i + 1], teacher, baseline)
     final = dataclasses.replace(network, module=frozen_copy(network.module))
     quantized = final.quantizer is not None  # a quantize stage may have found that float is faster

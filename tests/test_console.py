@@ -186,6 +186,38 @@ def test_progress_moves_the_bar_and_prints_nothing() -> None:
     assert text.getvalue() == ""
 
 
+def test_the_bar_names_the_stage() -> None:
+    handler, progress, _ = live()
+    begun = record(logging.INFO, "stage 2/6 finetune")
+    begun.stage = "stage 2/6 finetune"
+    handler.emit(begun)
+    handler.emit(record(logging.DEBUG, "x", state(30, 100)))
+    assert progress.tasks[0].description == "stage 2/6 finetune  epoch 2/5  loss 0.5123"
+
+
+def test_after_a_fifth_of_a_stage_its_end_is_foretold() -> None:
+    """Ten epochs of 80 steps of half a second each, and ten seconds of validation after each."""
+    now = 0.0
+    progress = Progress(
+        auto_refresh=False,
+        get_time=lambda: now,
+        speed_estimate_period=console.SPEED_PERIOD_S,
+        console=Console(file=io.StringIO()),
+    )
+    handler = console.LiveHandler(progress, logging.INFO)
+    steps, errors = 800, []
+    for step in range(1, steps + 1):
+        now += 0.5 + (10.0 if step > 1 and step % 80 == 1 else 0.0)
+        handler.emit(record(logging.DEBUG, "x", state(step, steps)))
+        if step >= steps // 5:
+            left = (steps - step) * 0.5 + 10.0 * ((steps - 1) // 80 - (step - 1) // 80)
+            told = progress.tasks[0].time_remaining
+            assert told is not None
+            if left > 60:
+                errors.append(told / left - 1)
+    assert max(map(abs, errors)) < 0.25
+
+
 def test_messages_are_printed_above_the_bar_and_name_what_goes_on() -> None:
     handler, progress, text = live()
     handler.emit(record(logging.DEBUG, "too much detail"))

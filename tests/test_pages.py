@@ -6,10 +6,12 @@ import dataclasses
 import io
 import re
 import shutil
+import sys
+import types
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from huggingface_hub import ModelCard
@@ -281,3 +283,39 @@ def test_pages_in_a_browser(browser: Any, run: Path, tmp_path: Path, width: int,
         page.keyboard.press("Tab")  # the first stop leads past the header
         assert page.evaluate("document.activeElement.textContent") == "to the content"
         page.close()
+
+
+class Writer:
+    """Stands in for TensorBoard's."""
+
+    written: ClassVar[dict[str, list[tuple[str, float, int]]]] = {}
+
+    def __init__(self, folder: str) -> None:
+        self.lines = self.written.setdefault(folder, [])
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        self.lines.append((tag, value, step))
+
+
+def test_tensorboard_gets_the_same_numbers(
+    run: Path, report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = Writer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    copy = shutil.copytree(run, tmp_path / "run")
+    assert main(["report", str(copy), "--tensorboard", str(tmp_path / "board")]) == 0
+    lines = Writer.written[str(tmp_path / "board" / "run")]
+    assert ("result/latency_ms", report.result.latency_ms, 0) in lines
+    curves = [(value, step) for tag, value, step in lines if tag == "training/val_accuracy"]
+    told = [epoch["val_accuracy"] for stage in report.stages for epoch in stage["details"].get("history") or []]
+    assert curves == [(value, step + 1) for step, value in enumerate(told)]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert main(["report", str(copy), "--tensorboard", str(tmp_path / "other")]) == 5
+    assert "pip install tensorboard" in capsys.readouterr().err

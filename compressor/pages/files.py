@@ -14,6 +14,7 @@ from compressor.pages.csv_table import runs_csv
 from compressor.pages.markdown import model_card, run_markdown
 from compressor.pages.run_page import run_page
 from compressor.pages.study_page import side_by_side, study_page
+from compressor.pages.tracker import write_tensorboard
 from compressor.report import Report, read_report
 
 PAGE = "report.html"
@@ -35,18 +36,20 @@ def write_run_files(folder: Path, report: Report, name: str) -> None:
         atomic_write(folder / file, text)
 
 
-def rebuild(folders: Sequence[Path], out: Path | None = None) -> list[Path]:
+def rebuild(folders: Sequence[Path], out: Path | None = None, tensorboard: Path | None = None) -> list[Path]:
     """Make the pages of runs and studies anew, and with `out` one that puts the runs side by side, with a table.
 
     Args:
         folders: Finished runs, or studies.
         out: An .html file; the table is beside it.
+        tensorboard: Folder for the runs' figures as TensorBoard reads them.
 
     Returns:
         The pages.
 
     Raises:
         DataError: A folder is neither, or there are no two runs to compare.
+        MissingDependencyError: TensorBoard is asked for and not installed.
     """
     reports: dict[str, tuple[Path, Report]] = {}
     studies: dict[Path, Mapping[str, Any]] = {}
@@ -58,6 +61,8 @@ def rebuild(folders: Sequence[Path], out: Path | None = None) -> list[Path]:
             reports[name] = folder, read_report(folder / "report.json")
     if out is not None and len(reports) < 2:
         raise DataError(f"--out {out}: found {len(reports)} runs, a comparison needs two or more")
+    if tensorboard is not None:
+        write_tensorboard({name: report for name, (_, report) in reports.items()}, tensorboard)
     pages = []
     for folder, study in studies.items():
         atomic_write(folder / PAGE, study_page(study))
