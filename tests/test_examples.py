@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from PIL import Image
+from tiny_networks import make_images
 
 from compressor.data.synthetic_pcb import CLASSES
 
@@ -54,3 +55,54 @@ def test_an_own_network_is_pruned_to_a_latency_and_exported(tmp_path: Path) -> N
     assert found["measured"] <= found["goal"]
     assert report["result"]["macs"] == pruned["iterations"][-1]["macs"] < report["baseline"]["macs"]
     assert report["result"]["latency_ms"] < report["baseline"]["latency_ms"]
+
+
+def example(tmp_path: Path, name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(REPOSITORY / "examples" / name), *map(str, arguments)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "COMPRESSOR_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+SMALL = ("data.train_per_class=24", "data.val_per_class=6", "data.test_per_class=8", "stages[0].epochs=1")
+SMALL += ("stages[3].epochs=1", "stages[5].steps=2", "budget={}", "benchmark.throughput_s=null", "model.weights=none")
+SMALL += ("stages[1].metric_images=14", "stages[4].subset_size=14", "export.parity_images=16")
+
+
+def test_the_quickstart_runs_a_recipe_and_its_network(tmp_path: Path) -> None:
+    changes = [part for change in SMALL for part in ("--set", change)]
+    done = example(tmp_path, "quickstart.py", "--out", tmp_path / "run", *changes)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert any(f"a grey square is called '{name}'" in done.stdout for name in CLASSES)
+
+
+def test_own_data_become_a_bundle(tmp_path: Path) -> None:
+    images = make_images(tmp_path / "images", per_class=16, test_per_class=6)
+    quick = (
+        "stages[0].epochs=1",
+        "stages[1].iterations=2",
+        "stages[1].recovery.steps=1",
+        "stages[1].importance_batches=1",
+        "stages[2].epochs=1",
+    )
+    quick += ("stages[3].subset_size=8", "stages[4].steps=1", "benchmark.throughput_s=null", "model.weights=none")
+    changes = [part for change in quick for part in ("--set", change)]
+    done = example(
+        tmp_path, "own_data.py", images, "--model", "timm/resnet18", "--out", tmp_path / "runs" / "a", *changes
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 classes, 64 train, 24 test" in done.stdout
+    bundle = tmp_path / "runs" / "a-bundle"
+    assert (bundle / "model.xml").is_file()
+    predicted = subprocess.run(
+        [sys.executable, str(bundle / "predict.py"), str(images / "test" / "red" / "000.png")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert any(name in predicted.stdout for name in ("red", "green", "blue", "grey"))
