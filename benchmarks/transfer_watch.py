@@ -3,8 +3,8 @@
     python benchmarks/transfer_watch.py RECIPE OUTPUT.json --weights FILE.safetensors [--steps 170] [--set KEY=VALUE]
 
 Runs a recipe's first finetune, one step of it, with the watch: once with the weights as they are, and once with weights
-that were spoilt on purpose: every BatchNorm's bias is so low that nothing passes the activations behind it, as in a network
-whose units have died. Data, network and options are the recipe's.
+that were spoilt on purpose: every BatchNorm's bias is so low that nothing passes the activations behind it, as where
+units have died. Data, network and options are the recipe's.
 
 Invariant: both are ordinary runs; what the watch said is copied from their reports.
 """
