@@ -222,6 +222,7 @@ def test_the_folder_holds_what_the_contract_lists_and_nothing_else(finished: Fin
     stages = {f"stages/{i:02d}-{stage['type']}" for i, stage in enumerate(EVERY_STAGE)}
     expected = {f"{stage}/{name}" for stage in stages for name in ("model.safetensors", "model.json", "footprint.json")}
     expected |= {"report.json", "manifest.json", "recipe.yaml", "run.log", "stages/03-prune/plan.json"}
+    expected |= {"report.html", "report.md", "results.csv", "model_card.md"}
     assert names == expected | ARTIFACTS
     assert sorted(path.name for path in finished.run.parent.iterdir()) == ["recipe.yaml", "run"]
 
@@ -291,7 +292,10 @@ def test_nothing_in_the_folder_is_a_pickle(finished: Finished) -> None:
     for name in contents(finished.run):
         path = finished.run / name
         start = path.read_bytes()[:2]
-        assert path.suffix in {".json", ".yaml", ".log", ".safetensors", ".onnx", ".xml", ".bin"}
+        assert path.suffix in {
+            *(".json", ".yaml", ".log", ".safetensors", ".onnx", ".xml", ".bin"),
+            *(".html", ".md", ".csv"),
+        }
         assert not zipfile.is_zipfile(path), f"{name}: torch.save writes zip files with a pickle inside"
         assert not (start[0] == 0x80 and start[1] <= 5), f"{name}: starts like a pickle"
         assert b"data.pkl" not in path.read_bytes()

@@ -1,6 +1,7 @@
 """Studies: what they ask for, what they find out, and what they keep when something fails or is interrupted."""
 
 import csv
+import html
 import io
 import json
 import os
@@ -19,6 +20,7 @@ import yaml
 from compressor import study_processes
 from compressor.cli import main
 from compressor.errors import RecipeError
+from compressor.pages.files import rebuild
 from compressor.report import Footprint, Report, images_trained, read_report
 from compressor.study import run_study
 from compressor.study_figures import compare, figures_of, row_figures
@@ -202,6 +204,23 @@ def test_the_chart_tells_measured_from_published(done: tuple[Path, Path, dict[st
     assert root.tag.endswith("svg")
     for words in ("Tiny networks", "dense", "longer", "theirs", "published, not measured here", "test accuracy, %"):
         assert words in text
+
+
+def test_the_page_of_a_study_is_made_anew_from_its_figures(done: tuple[Path, Path, dict[str, Any]]) -> None:
+    _, out, study = done
+    page = (out / "report.html").read_text()
+    for words in (
+        "Tiny networks",
+        "longer",
+        "theirs",
+        "Published elsewhere, not measured here",
+        study["rows"][0]["name"],
+    ):
+        assert words in page
+    assert any(failure["message"].splitlines()[0][:20] in html.unescape(page) for failure in study["failures"])
+    (out / "report.html").write_text("lost")
+    assert rebuild([out]) == [out / "report.html"]
+    assert (out / "report.html").read_text() == page
 
 
 def test_what_is_finished_is_not_run_again(
