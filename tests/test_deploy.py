@@ -29,16 +29,20 @@ def bundle(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return out
 
 
-@pytest.fixture(scope="module")
-def bare_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder to import from with what `pip install openvino numpy pillow` puts there, and nothing more."""
-    folder = tmp_path_factory.mktemp("bare")
-    for package in ("openvino", "numpy", "pillow"):
+def linked(folder: Path, *packages: str) -> Path:
+    """A folder to import from with what pip puts there for these packages, and nothing more."""
+    for package in packages:
         files = importlib.metadata.files(package)
         assert files
         for top in {file.parts[0] for file in files if file.parts[0] not in ("..", "__pycache__")}:
-            (folder / top).symlink_to(importlib.metadata.distribution(package).locate_file(top))
+            if not (folder / top).exists():
+                (folder / top).symlink_to(importlib.metadata.distribution(package).locate_file(top))
     return folder
+
+
+@pytest.fixture(scope="module")
+def bare_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return linked(tmp_path_factory.mktemp("bare"), "openvino", "numpy", "pillow")
 
 
 def alone(bare_packages: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -79,6 +83,36 @@ def test_it_predicts_in_a_clean_environment(bundle: Path, bare_packages: Path, t
     best = read_labels(bundle / "model.xml")[int(predict(bundle / "model.xml", [pixels]).argmax())]
     assert done.stdout.startswith(f"{tmp_path / 'a.png'}: {best} ")
     assert "pip install openvino numpy pillow" in alone(bare_packages, bundle / "predict.py").stderr
+
+
+MODEL_API = """
+import json, sys
+sys.modules["openvino_telemetry"] = None
+from pathlib import Path
+import numpy as np
+from PIL import Image
+from model_api.models import Model
+network = Model.create_model(sys.argv[1])
+right = total = 0
+for path in sorted(Path(sys.argv[2]).glob("*/*.png")):
+    named = network(np.asarray(Image.open(path).convert("RGB"))).top_labels[0].name
+    right, total = right + (named == path.parent.name), total + 1
+print(json.dumps([right, total]))
+"""
+
+
+def test_model_api_gives_the_reported_accuracy_in_a_clean_environment(
+    bundle: Path, finished_run: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("model_api", reason="openvino-model-api is not installed")
+    packages = linked(tmp_path, "openvino", "numpy", "pillow", "openvino-model-api", "opencv-python-headless")
+    test = finished_run.parent / "images" / "test"
+    done = alone(packages, "-c", MODEL_API, bundle / "model.xml", test)
+    assert done.returncode == 0, done.stderr
+    right, total = json.loads(done.stdout.splitlines()[-1])
+    report = json.loads((finished_run / "report.json").read_text())
+    assert total == report["benchmark"]["accuracy"]["test_images"]
+    assert abs(right / total - report["result"]["accuracy"]) <= 0.005
 
 
 @pytest.mark.parametrize("file", ["artifacts/result_int8.bin", "model_card.md"])
