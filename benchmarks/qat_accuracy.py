@@ -1,9 +1,11 @@
-"""Accuracy of quantization-aware training with this toolkit's quantizers, against NNCF's own, after equal epochs.
+"""Accuracy of quantization-aware training after equal epochs: our quantizers against NNCF's own, or BatchNorms folded
+into the layers before them, as `quantize` does it, against BatchNorms that stay and are frozen.
 
     python benchmarks/qat_accuracy.py RUN/stages/03-finetune caltech101 caltech101.tar benchmarks/qat_accuracy.json
+    python benchmarks/qat_accuracy.py ... benchmarks/qat_batchnorm.json --compare batchnorm
 
 Takes the float network of a finished stage, quantizes every layer of it, and trains copies of the result: for each seed
-one with NNCF's stock quantizers in float32, and one with ours in the precision `finetune` would choose here.
+one of either kind. NNCF's stock quantizers train in float32, all others in the precision `finetune` would choose here.
 
 Invariant: start, data, order of images and learning rate are the same for both; what is compared is the network after
 its last epoch, scored in float32, as near to what is deployed as torch comes; nothing is chosen on the images it is
@@ -18,6 +20,7 @@ from typing import Any
 
 import torch
 from qat_step import stock_kernels, use_kernels
+from torch import nn
 
 from compressor import environment, training
 from compressor.artifacts import write_json
@@ -25,6 +28,7 @@ from compressor.checkpoint import load_network
 from compressor.data import calibration_indices, load_dataset
 from compressor.data.batches import Augment, to_input
 from compressor.fake_quantize import KERNELS
+from compressor.feed import freezing
 from compressor.folding import fold_batchnorm
 from compressor.inference import evaluate
 from compressor.preprocess import InputSpec
@@ -34,8 +38,8 @@ from compressor.training import finetune
 
 def means(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Accuracy after training, averaged over the seeds so far."""
-    names = {row["kernels"] for row in rows}
-    return {name: statistics.mean(row["after"] for row in rows if row["kernels"] == name) for name in sorted(names)}
+    names = {row["variant"] for row in rows}
+    return {name: statistics.mean(row["after"] for row in rows if row["variant"] == name) for name in sorted(names)}
 
 
 def evaluate_in_float32(*args: Any, **options: Any) -> tuple[float, float]:
@@ -56,9 +60,9 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-5)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--compare", choices=("kernels", "batchnorm"), default="kernels")
     args = parser.parse_args()
-    kernels = {"stock": stock_kernels(), "ours": KERNELS}
-    precision = {"stock": "float32", "ours": "auto"}
+    variants = {"kernels": ("stock", "ours"), "batchnorm": ("folded", "frozen")}[args.compare]
     spec = InputSpec(height=args.size, width=args.size)
     cache = environment.cache_dir() / "data"
     data = load_dataset(
@@ -75,28 +79,39 @@ def main() -> int:
     training.evaluate = evaluate_in_float32
     rows: list[dict[str, Any]] = []
     for seed in range(args.seeds):
-        for name in kernels:
-            use_kernels(kernels[name])
+        for name in variants:
+            kernels = stock_kernels() if name == "stock" else KERNELS
+            use_kernels(kernels)
             module = load_network(args.stage).module
-            fold_batchnorm(module, to_input(data.train.images[:1], spec, "cpu"))
+            if name != "frozen":
+                fold_batchnorm(module, to_input(data.train.images[:1], spec, "cpu"))
             chosen = calibration_indices(data.train, 300, seed)
             torch.manual_seed(seed)
             network, _ = quantize(module, [to_input(data.train.images[i : i + 1], spec, "cpu") for i in chosen])
-            use_kernels(kernels[name])  # `quantize` installs ours
-            result = finetune(
-                network,
-                train=data.train,
-                val=data.test,
-                spec=spec,
-                epochs=args.epochs,
-                batch_size=args.batch,
-                learning_rate=args.learning_rate,
-                augment=Augment(),
-                precision=precision[name],
-                seed=seed,
-            )
+            use_kernels(kernels)  # `quantize` installs ours
+            norms = {key for key, layer in network.named_modules() if isinstance(layer, nn.BatchNorm2d)}
+            with freezing(network, norms) as frozen:
+                result = finetune(
+                    network,
+                    train=data.train,
+                    val=data.test,
+                    spec=spec,
+                    epochs=args.epochs,
+                    batch_size=args.batch,
+                    learning_rate=args.learning_rate,
+                    augment=Augment(),
+                    precision="float32" if name == "stock" else "auto",
+                    frozen=frozen,
+                    seed=seed,
+                )
             last = result.history[-1]
-            row = {"kernels": name, "seed": seed, "before": result.start_accuracy, "after": last.val_accuracy}
+            row = {
+                "variant": name,
+                "batchnorms": len(norms),
+                "seed": seed,
+                "before": result.start_accuracy,
+                "after": last.val_accuracy,
+            }
             rows.append(row | {"loss": last.loss, "precision": result.precision, "seconds": round(last.seconds)})
             print(json.dumps(rows[-1]), flush=True)
             write_json(
