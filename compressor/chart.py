@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from compressor import environment
+
 PRECISIONS = {"fp32": ("FP32", "#0072B2", ""), "int8": ("INT8", "#E69F00", "///")}
 MARKS = {0.25: ("o", "#009E73"), 0.5: ("s", "#CC79A7"), 0.75: ("^", "#D55E00")}
 
@@ -54,6 +56,7 @@ def draw_chart(title: str, description: str, size: tuple[float, float], draw: Ca
         size: Width and height in inches.
         draw: Gets the figure.
     """
+    environment.prepare_process()  # where matplotlib keeps its list of fonts
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
