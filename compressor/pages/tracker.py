@@ -40,6 +40,6 @@ def write_tensorboard(reports: Mapping[str, Report], folder: Path) -> None:
             f"--tensorboard needs the package '{error.name}': pip install tensorboard"
         ) from error
     for name, report in reports.items():
-        with SummaryWriter(str(folder / name)) as writer:  # type: ignore[no-untyped-call]
+        with SummaryWriter(str(folder / name)) as writer:
             for tag, value, step in scalars(report):
-                writer.add_scalar(tag, value, step)  # type: ignore[no-untyped-call]
+                writer.add_scalar(tag, value, step)
