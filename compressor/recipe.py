@@ -25,6 +25,7 @@ from compressor.recipe_stages import (
     Side,
     Stage,
     Target,
+    TransferWatch,
     both_sides,
 )
 from compressor.recipe_training import Augment, Distill, Memory, Sparsify, Training, refuse
@@ -52,6 +53,7 @@ __all__ = [
     "Stage",
     "Target",
     "Training",
+    "TransferWatch",
 ]
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt")

@@ -13,7 +13,7 @@ from typing import Any
 
 from compressor.environment import cache_dir, prepare_process
 from compressor.errors import CompressorError
-from compressor.memory import measure_memory, resident_bytes
+from compressor.memory import give_back_freed, measure_memory, resident_bytes
 
 
 def retrain(
@@ -46,6 +46,7 @@ def retrain(
     from compressor.resolution import load_data
     from compressor.training import finetune
 
+    give_back_freed()
     floor = resident_bytes()
     recipe = load_recipe(run / "recipe.yaml").recipe
     stage = recipe.stages[index]

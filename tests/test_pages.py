@@ -177,6 +177,12 @@ def test_a_report_without_what_newer_ones_have_still_gives_pages(report: Report)
     assert "Mistakes on the test images" not in run_page(old, "old")
 
 
+def test_logits_that_are_no_numbers_are_said_to_be_such(report: Report) -> None:
+    pairs = {"torch/onnx": {"difference": None, "agreement": 0.0, "disagreeing": 0, "undecided": 0}}
+    failed = dataclasses.replace(report, parity={"images": 16, "float": {"pairs": pairs}})
+    assert "NaN or infinite" in Elements(run_page(failed, "a")).cells
+
+
 def test_a_missed_budget_comes_first(report: Report) -> None:
     failed = dataclasses.replace(report, verdict={"status": "failed", "reasons": ["budget.macs: too many"]})
     page = run_page(failed, "a")

@@ -147,6 +147,7 @@ def test_a_whole_run_stays_on_this_machine_and_in_its_folders(tmp_path: Path) ->
     data = {"source": "synthetic_pcb", "train_per_class": 16, "val_per_class": 4, "test_per_class": 4}
     recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path, SHORT, PRUNE, SHORT, QUANTIZE, data=data)
     places = {"HOME": str(home), "TMPDIR": str(temporary), "COMPRESSOR_CACHE": str(cache)}
+    places["MPLCONFIGDIR"] = str(cache / "matplotlib")  # tests before this one have set another
     seen = run_watched(
         [str(REPOSITORY / "tests" / "tiny_main.py"), str(recipe), "--out", str(out / "run"), "--json"],
         [out, cache, temporary],

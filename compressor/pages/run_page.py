@@ -170,7 +170,7 @@ def parity_rows(parity: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 (
                     f"{which}: {pair.replace('/', ' and ')}",
                     str(parity["images"]),
-                    f"{found['difference']:.2g}",
+                    "NaN or infinite" if found["difference"] is None else f"{found['difference']:.2g}",
                     percent(found["agreement"], 2),
                     str(found["undecided"]),
                 )
@@ -204,12 +204,15 @@ def data_pairs(report: Report) -> list[tuple[str, str]]:
 
 def environment_pairs(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The machine and the versions."""
+    trained = []
+    if "training_device" in environment:  # of a run; a study is no training
+        trained.append(("training", f"{environment['training_device']}, {environment['torch_threads']} threads"))
     versions = ", ".join(f"{package} {version}" for package, version in environment["versions"].items())
     return [
         ("processor", f"{environment['cpu']}, {environment['cpus']} cores"),
         ("instructions", ", ".join(environment["isa"]) or "none of those that matter"),
         ("system", environment["platform"]),
-        ("training", f"{environment['training_device']}, {environment['torch_threads']} threads"),
+        *trained,
         ("versions", versions),
     ]
 
