@@ -13,7 +13,6 @@ from typing import Any
 
 from compressor.artifacts import (
     atomic_write,
-    read_manifest,
     sha256_of,
     verify_manifest,
     write_json,
@@ -47,7 +46,6 @@ def deploy(run: Path, out: Path, *, ir: str | None = None, force: bool = False, 
     zipped = out.with_name(out.name + ".zip")
     if not force and (out.exists() or zipped.exists()):
         raise RecipeError(f"--out {out}: it exists, or {zipped.name} does; choose another or add --force")
-    read_manifest(run)
     if faults := verify_manifest(run):
         raise DataError(
             f"{run}: {len(faults)} files are not what the run wrote, first {faults[0]}; nothing was bundled"

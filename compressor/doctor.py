@@ -31,7 +31,7 @@ TESTED = {
     "matplotlib": "3.11.2",
 }
 OPTIONAL = {"timm": "1.0.31", "torchvision": "0.28.0"}
-LOW_MEMORY, LOW_DISK = 4e9, 5e9  # bytes; a Xception at 160 px trains in 3 to 4 GB
+LOW_MEMORY, LOW_DISK = 4e9, 5e9  # bytes; Xception at 160 px took 2.9 to 3.4 GB to train (benchmarks/results)
 
 
 def examine() -> dict[str, Any]:
@@ -57,15 +57,15 @@ def examine() -> dict[str, Any]:
     flags = cpu_flags()
     int8, bf16 = ([name for name in names if name in flags] for names in (INT8_FEATURES, BF16_FEATURES))
     if not int8:
-        warnings.append("no VNNI or AMX: INT8 is hardly faster than float here, and may overflow")
+        warnings.append("no VNNI or AMX: INT8 is slower than with them, and may overflow")
     if not bf16:
-        warnings.append("no bf16 units: training takes about twice as long as with them")
+        warnings.append("no bf16 units: training is in float32")
     memory = _memory()
     if memory["available_bytes"] is not None and memory["available_bytes"] < LOW_MEMORY:
         warnings.append(f"{memory['available_bytes'] / 1e9:.1f} GB of memory are free; training Xception takes 3 to 4")
     disk = {name: _free(path) for name, path in (("here", Path.cwd()), ("cache", cache_dir()))}
     warnings += [
-        f"{free / 1e9:.1f} GB of disk are free ({name}); a run takes up to {LOW_DISK / 1e9:.0f}"
+        f"only {free / 1e9:.1f} GB of disk are free ({name})"
         for name, free in disk.items()
         if free is not None and free < LOW_DISK
     ]

@@ -11,7 +11,7 @@ from compressor.errors import DataError, RecipeError
 from compressor.pages.rendering import render
 from compressor.shipped import recipes_dir
 
-STEPS = 1500  # of training from pretrained weights, about what they take to settle
+STEPS = 1500  # of training from pretrained weights: a choice to begin with
 FEWEST_EPOCHS, MOST_EPOCHS = 3, 30
 SMALLEST, LARGEST, GRID = 64, 224, 32  # pixels
 BATCH = 32

@@ -25,6 +25,7 @@ SECTIONS = (
     ("reproduce", "Reproduce"),
 )
 SHOWN_CONFUSIONS = 12
+COMMAND = "python compress.py RUN/recipe.yaml    # RUN = the run's folder\npython compress.py verify RUN"
 
 
 def run_page(report: Report, name: str) -> str:
@@ -63,7 +64,7 @@ def run_page(report: Report, name: str) -> str:
         audit=audit_rows(report.audit),
         data=data_pairs(report),
         environment=environment_pairs(report.environment),
-        command=command(name),
+        command=COMMAND,
         recipe=recipe_text(report),
     )
 
@@ -215,14 +216,6 @@ def environment_pairs(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
         *trained,
         ("versions", versions),
     ]
-
-
-def command(name: str) -> str:
-    """How to run it again."""
-    return (
-        f"python compress.py {name}/recipe.yaml    # the recipe as it was resolved, in the run folder\n"
-        f"python compress.py verify {name}"
-    )
 
 
 def recipe_text(report: Report) -> str:
