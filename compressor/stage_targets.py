@@ -105,6 +105,7 @@ class Measured:
         predictor: From what channels cost (where that was learned), the largest and the smallest network with what they
             were measured to cost, a function from what is left of a network to its cost, in fractions of the
             baseline's. What it errs by is corrected by measuring.
+        noisy: Whether the same network is measured differently another time.
         close: Share of the target that is near enough to stop.
         probes: Networks measured at most, besides those two.
         depends: What decides the measurement besides the network: a stage found by it is not reused under another.
@@ -112,6 +113,7 @@ class Measured:
 
     measure: Callable[[Bench, Draft], Reading]
     predictor: Callable[[Bench, LatencyModel | None, Anchor, Anchor], Predictor]
+    noisy: bool
     close: float
     probes: int
     depends: Callable[[Context, Assignment], object]
@@ -175,6 +177,7 @@ KINDS: Mapping[str, Kind] = {
         Measured(
             lambda bench, draft: bench.deployment.weigh(draft.module),
             _by_parameters,
+            noisy=False,
             close=0.99,
             probes=5,
             depends=_deployment,
@@ -186,6 +189,7 @@ KINDS: Mapping[str, Kind] = {
         Measured(
             lambda bench, draft: bench.deployment.time(draft.module),
             _by_model,
+            noisy=True,
             close=0.97,
             probes=5,
             depends=_deployment,
@@ -197,6 +201,7 @@ KINDS: Mapping[str, Kind] = {
         Measured(
             lambda bench, draft: bench.retraining.measure(draft.module, draft.edits),
             _by_residents,
+            noisy=False,
             close=0.95,
             probes=3,  # each trains a network for some steps
             depends=_retraining,
@@ -267,6 +272,7 @@ def searched_costs(
             where=f"{bench.assignment.where}.target.{name}",
             predict=predict.get(name, lambda _: 0.0),
             measure=lambda draft: bench.measure(name, draft),
+            confirm=(lambda draft: how.measure(bench, draft)) if how.noisy else None,
             goal=bounds[name].resolve,
             show=KINDS[name].show,
             close=how.close,

@@ -56,6 +56,8 @@ class Cost(Generic[Network]):
         where: Key path of what asks for it, for messages.
         predict: What a network would cost, as a fraction of the baseline's.
         measure: What it costs.
+        confirm: The same once more; None where a reading is exact. Of noisy readings the lucky ones are within the
+            goal, so a network is taken only if two are.
         goal: The most that is allowed, given the baseline's cost of the same moment.
         show: A value with its unit, for people.
         close: Share of the goal that is near enough to it to stop.
@@ -65,6 +67,7 @@ class Cost(Generic[Network]):
     where: str
     predict: Callable[[Network], float]
     measure: Callable[[Network], Reading]
+    confirm: Callable[[Network], Reading] | None
     goal: Callable[[float], float]
     show: Callable[[float], str]
     close: float
@@ -98,14 +101,21 @@ def meet_targets(
     """
     tried: list[dict[str, Probe]] = []
 
+    def compared(name: str, network: Network, reading: Reading) -> Probe:
+        cost = costs[name]
+        predicted = cost.predict(network) * reading.baseline
+        found = Probe(reading.measured, reading.baseline, predicted, cost.goal(reading.baseline))
+        shown = [cost.show(value) for value in (found.measured, predicted, found.goal)]
+        log.info("%s: %s (predicted %s), asked for at most %s", name, *shown)
+        return found
+
     def probe(network: Network) -> dict[str, Probe]:
-        found = {}
-        for name, cost in costs.items():
-            reading = cost.measure(network)
-            predicted = cost.predict(network) * reading.baseline
-            found[name] = Probe(reading.measured, reading.baseline, predicted, cost.goal(reading.baseline))
-            shown = [cost.show(value) for value in (reading.measured, predicted, found[name].goal)]
-            log.info("%s: %s (predicted %s), asked for at most %s", name, *shown)
+        found = {name: compared(name, network, cost.measure(network)) for name, cost in costs.items()}
+        if all(first.met for first in found.values()):
+            for name, cost in costs.items():
+                if cost.confirm is not None:
+                    again = compared(name, network, cost.confirm(network))
+                    found[name] = max(found[name], again, key=lambda read: read.used)
         tried.append(found)
         return found
 
