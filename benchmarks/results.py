@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from compressor.report import Footprint, images_trained, read_report
+from compressor.report import Footprint, Report, images_trained, read_report
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
@@ -51,6 +51,11 @@ def record(run: Path, name: str) -> None:
     ]
     (HERE / "results").mkdir(exist_ok=True)
     (HERE / "results" / f"{name}.json").write_text(as_text(without_folders(kept)))
+    note_in_ledger(report, name)
+
+
+def note_in_ledger(report: Report, name: str) -> None:
+    """A line for each look at a test split."""
     ledger = HERE / "test_ledger.json"
     lines = json.loads(ledger.read_text()) if ledger.is_file() else []
     lines.append(

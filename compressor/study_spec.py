@@ -198,8 +198,13 @@ class PlannedRun:
 
     @property
     def folder(self) -> str:
-        """The row's name as the name of a folder."""
-        return re.sub(r"[^\w.,=+\[\]-]", "_", self.row)
+        """Where the row's runs are."""
+        return folder_of(self.row)
+
+
+def folder_of(row: str) -> str:
+    """The name of a row as the name of a folder."""
+    return re.sub(r"[^\w.,=+\[\]-]", "_", row)
 
 
 @dataclass(frozen=True)

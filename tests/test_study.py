@@ -2,16 +2,17 @@
 
 import csv
 import html
+import importlib
 import io
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from compressor.study_figures import compare, figures_of, row_figures
 from compressor.study_spec import FIGURES, FigureName, Objectives, load_study, schema_text
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+BENCHMARKS = RECIPES.parent / "benchmarks"
 
 RECIPE: dict[str, Any] = {
     "version": 1,
@@ -246,22 +248,65 @@ def test_what_is_finished_is_not_run_again(
     ]
 
 
-def test_latencies_of_different_hours_are_said_to_be_such(
+@pytest.fixture
+def stored(
     done: tuple[Path, Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> tuple[ModuleType, Path]:
+    """`benchmarks/studies.py`, storing in the test's folder, where the study is stored already; and that folder."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    studies = importlib.import_module("studies")
+    for module in (studies, importlib.import_module("results")):
+        monkeypatch.setattr(module, "HERE", tmp_path)
+    monkeypatch.setattr(studies, "README", tmp_path / "README.md")
+    studies.record(done[1], "tiny")
+    return studies, tmp_path
+
+
+def test_a_stored_study_goes_on_elsewhere(
+    done: tuple[Path, Path, dict[str, Any]], stored: tuple[ModuleType, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Reports alone are enough to compare runs, as after moving them to another machine."""
+    """Stored reports are enough to compare runs, but not to time their networks in turns, which is said."""
     path, out, study = done
-    for row in ("dense", "longer"):
-        kept = tmp_path / "runs" / row / "seed0"
-        kept.mkdir(parents=True)
-        shutil.copy(out / "runs" / row / "seed0" / "report.json", kept)
-    monkeypatch.setattr("compressor.study.run_all", lambda *_, **__: (never for never in ()))
-    again = run_study(path, tmp_path)
+    studies, here = stored
+    studies.restore("tiny", here / "elsewhere")
+    monkeypatch.setattr("compressor.study.run_all", lambda left, *_, **__: (never for never in left[:0]))
+    again = run_study(path, here / "elsewhere")
     assert any(note.startswith("latency_ms: as each run measured it") for note in again["notes"])
     assert not any(note.startswith("latency_ms") for note in study["notes"])
-    for row in again["rows"][:2]:
-        report = read_report(tmp_path / "runs" / row["name"] / "seed0" / "report.json")
-        assert row["runs"][0]["figures"]["latency_ms"] == report.result.latency_ms
+    for row, told in zip(again["rows"][:2], study["rows"], strict=False):
+        report = read_report(out / "runs" / row["name"] / "seed0" / "report.json")
+        timed = {"latency_ms": report.result.latency_ms}
+        assert row["runs"][0]["figures"] == {**told["runs"][0]["figures"], **timed}
+
+
+def test_a_stored_study_names_no_folder_and_each_look_is_in_the_ledger_once(
+    done: tuple[Path, Path, dict[str, Any]], stored: tuple[ModuleType, Path]
+) -> None:
+    studies, here = stored
+    studies.record(done[1], "tiny")
+    ledger = json.loads((here / "test_ledger.json").read_text())
+    assert [line["name"] for line in ledger] == ["tiny/dense/seed0", "tiny/longer/seed0"]
+    texts = [file.read_text() for file in (here / "studies").rglob("*.json")]
+    assert len(texts) == 3
+    assert not [text for text in texts if str(done[1].parent) in text or str(here) in text]
+
+
+def test_the_readme_gets_a_line_for_each_row(
+    done: tuple[Path, Path, dict[str, Any]], stored: tuple[ModuleType, Path]
+) -> None:
+    studies, here = stored
+    (here / "README.md").write_text("before\n<!-- studies: begin -->\nold\n<!-- studies: end -->\nafter\n")
+    for _ in range(2):
+        studies.table()
+    text = (here / "README.md").read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    figures = done[2]["rows"][0]["figures"]["accuracy"]
+    line = next(line for line in text.splitlines() if line.startswith(("| dense |", "| **dense** |")))
+    assert f"{100 * figures['mean']:.1f} ({100 * figures['low']:.1f} to {100 * figures['high']:.1f})" in line
+    assert len([line for line in text.splitlines() if line.startswith("| ") and "broken" in line]) == 0
+    assert "| *theirs, as published (a paper)* | | | 50 | 9 |" in text
 
 
 def test_runs_of_other_recipes_are_not_taken_for_this_study(done: tuple[Path, Path, dict[str, Any]]) -> None:
