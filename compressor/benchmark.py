@@ -22,6 +22,7 @@ from compressor.openvino_core import core
 from compressor.runtime import DEFAULT, F32, compile_ir, network_size, stream
 
 ROUNDS = 3  # a compiled network keeps the luck of where its memory lies: each round compiles all anew
+STEADY, PATIENCE = 1.05, 2  # see `steady`; so many times the rounds are run at most
 _TURN_CALLS = 5
 _THROUGHPUT_TURNS = 3
 _CONVOLUTIONS = ("Convolution", "GroupConvolution")
@@ -68,16 +69,20 @@ def measure_latency(
 ) -> dict[str, Latency]:
     """Time several IRs in turns on the same images.
 
+    Where the machine was disturbed in some rounds, as the first candidate's time tells, more are run, and the rounds in
+    which that one was fastest count: what disturbs a machine slows small networks more than large ones (Xception on a
+    shared processor: FP32 by 1.2, INT8 at 0.15x of its operations by 1.75), so that comparisons depended on the moment.
+
     The IR is compiled as published, with its dynamic input: the network behind the resize is static either way, and
     fixing the input size changed nothing measurable (Xception at 160 px, openvino 2026.4).
 
     Args:
-        candidates: Name to IR and properties.
+        candidates: Name to IR and properties. The first is what the others are compared with.
         images: (N, h, w, 3) RGB, fed one by one in turn.
         calls: Timed calls of each candidate in all, at least 100 for figures in a report.
         warmup: Untimed calls of each before the first turn of a round.
         threads: Inference threads; None leaves the choice to OpenVINO.
-        rounds: How often all are compiled; figures are of the calls of all rounds.
+        rounds: How often all are compiled at least; figures are of the calls of so many rounds.
 
     Returns:
         Name to figures; times include the copy of the image and of the logits.
@@ -86,17 +91,25 @@ def measure_latency(
         raise DataError("latency: no images to time with")
     own = {name: images if c.images is None else c.images for name, c in candidates.items()}
     singles = {name: [np.ascontiguousarray(image)[None] for image in fed] for name, fed in own.items()}
-    times: dict[str, list[float]] = {name: [] for name in candidates}
     used: dict[str, int] = {}
     rounds = min(rounds, calls)
-    for number in range(rounds):
+    each = -(-calls // rounds)
+    timed: list[dict[str, list[float]]] = []
+    reference: list[float] = []
+    for number in range(PATIENCE * rounds):
         runners = {}
         for name, candidate in candidates.items():
             compiled = compile_ir(candidate.xml, "LATENCY", _with_threads(candidate.config, threads))
             runners[name] = _runner(compiled)
             used[name] = int(compiled.get_property("INFERENCE_NUM_THREADS"))
-        here = range(calls * number // rounds, calls * (number + 1) // rounds)
-        time_in_turns(runners, singles, times, here, warmup=warmup)
+        here = range(each * number, each * (number + 1))
+        timed.append({name: [] for name in candidates})
+        time_in_turns(runners, singles, timed[-1], here, warmup=warmup)
+        reference.append(float(np.median(next(iter(timed[-1].values())))))
+        if len(timed) >= rounds and (len(candidates) == 1 or steady(reference, rounds)):
+            break
+    chosen = fastest_rounds(reference, rounds)
+    times = {name: [value for place in chosen for value in timed[place][name]][:calls] for name in candidates}
     return {
         name: Latency(
             median_ms=float(np.median(values) * 1e3),
@@ -106,6 +119,22 @@ def measure_latency(
         )
         for name, values in times.items()
     }
+
+
+def steady(reference: Sequence[float], wanted: int, fastest: float = np.inf) -> bool:
+    """Whether in `wanted` rounds the reference was about as fast as it can be, as far as is known.
+
+    Args:
+        reference: Its time in each round.
+        wanted: Rounds that are needed.
+        fastest: Its time at another moment.
+    """
+    return sorted(reference)[wanted - 1] <= STEADY * min(fastest, *reference)
+
+
+def fastest_rounds(reference: Sequence[float], wanted: int) -> list[int]:
+    """Places of the `wanted` rounds in which the reference was fastest, which says nothing of the others' luck."""
+    return sorted(sorted(range(len(reference)), key=reference.__getitem__)[:wanted])
 
 
 def _runner(compiled: ov.CompiledModel) -> Callable[[NDArray[np.uint8]], object]:

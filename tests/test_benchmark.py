@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from separable_network import LABELS, SPEC, normalised, pictures, trained
@@ -51,6 +52,33 @@ def test_latency_counts_calls_and_orders_quantiles(files: tuple[Published, Publi
         assert 0 < latency.median_ms <= latency.p95_ms
     native = measure_latency({"result": candidates["result"]}, pictures(2, size=600), calls=5)
     assert native["result"].median_ms > figures["result"].median_ms
+
+
+@pytest.mark.parametrize(
+    ("slowed", "run", "counted"),
+    [([1.0] * 3, 3, 1.0), ([1.2, 1.2, 1.0, 1.0, 1.02], 5, 1.0), ([1.2] * 3, 3, 1.2), ([1.2, 1.0, 1.2] * 2, 6, 1.0)],
+)
+def test_rounds_in_which_the_machine_was_disturbed_do_not_count(
+    files: tuple[Published, Published],
+    monkeypatch: pytest.MonkeyPatch,
+    slowed: list[float],
+    run: int,
+    counted: float,
+) -> None:
+    """What slows the baseline slows the result much more; an odd round of the result alone counts like any other."""
+    told = iter(slowed)
+
+    def time_in_turns(runners: Any, inputs: Any, times: dict[str, list[float]], calls: range, *, warmup: int) -> None:
+        factor = next(told)
+        times["baseline"] += [1e-3 * factor] * len(calls)
+        times["result"] += [1e-3 * factor**4] * len(calls)
+
+    monkeypatch.setattr(benchmark, "time_in_turns", time_in_turns)
+    candidates = {"baseline": Candidate(files[0].xml, F32), "result": Candidate(files[1].xml)}
+    figures = measure_latency(candidates, pictures(1), calls=100, threads=1)
+    assert len(list(told)) == len(slowed) - run
+    assert figures["result"].calls == 100
+    assert figures["result"].median_ms == pytest.approx(counted**4)
 
 
 def test_throughput_counts_finished_images(files: tuple[Published, Published]) -> None:

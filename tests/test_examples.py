@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -107,3 +108,23 @@ def test_own_data_become_a_bundle(tmp_path: Path) -> None:
         check=True,
     )
     assert any(name in predicted.stdout for name in ("red", "green", "blue", "grey"))
+
+
+def test_the_walk_through_is_walked_and_its_page_is_of_the_same_steps(tmp_path: Path) -> None:
+    page = tmp_path / "walkthrough.md"
+    quick = "input.size=64 stages[0].epochs=1 stages[1].iterations=2 stages[1].recovery.steps=1 stages[2].epochs=1 "
+    quick += "stages[1].importance_batches=1 stages[3].subset_size=12 stages[4].steps=1 benchmark.throughput_s=null"
+    changes = [part for change in quick.split() for part in ("--set", change)]
+    small = ("--model", "timm/resnet18", "--train", "10", "--test", "4", "--floor", "0")
+    done = example(tmp_path, "walkthrough.py", page, *small, *changes)
+    assert done.returncode == 0, done.stdout + done.stderr
+    typed = [line.split() for line in page.read_text().splitlines() if line.startswith("$ ")]
+    shipped = (REPOSITORY / "docs" / "walkthrough.md").read_text()
+    assert [line.split()[:4] for line in shipped.splitlines() if line.startswith("$ ")] == [
+        words[:4] for words in typed
+    ]
+    pictures = re.findall(r"\]\((walkthrough/[^)]+)\)", shipped)
+    assert len(pictures) == 4
+    for picture in pictures:
+        assert (REPOSITORY / "docs" / picture).stat().st_size > 1000
+        assert (tmp_path / picture).stat().st_size > 1000
