@@ -26,7 +26,7 @@ TEMPLATE = Path(__file__).with_name("walkthrough.template.md")
 OURS = ("compress.py", "examples/steel_surfaces.py")
 PICTURES = {"curves": learning_curves, "layers": layer_times, "confusion": confusion_matrix}
 PROMPT, CODE = "$ ", "# exit code "
-MOST_LINES = 40  # of a command's output on the page
+MOST_LINES = 120  # of a command's output on the page
 SMALL = ["input.size=96", "stages[0].epochs=10", "stages[1].recovery.steps=20", "stages[2].epochs=10"]
 
 

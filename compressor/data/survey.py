@@ -137,11 +137,12 @@ def format_survey(found: dict[str, Any]) -> str:
     lines = [f"{found['path']}: {len(labels)} classes, {images}"]
     for side, counts in found["counts"].items():
         least, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
-        lines.append(f"  {side}: from {counts[least]} ({least}) to {counts[most]} ({most}) images a class")
+        spread = f"from {counts[least]} ({least}) to {counts[most]} ({most})"
+        lines.append(f"  {side}: {counts[least] if counts[least] == counts[most] else spread} images a class")
     for name in ("height", "width"):
         if found[name]:
-            spread = found[name]
-            lines.append(f"  {name}: {spread['least']} to {spread['most']} pixels, median {spread['median']}")
+            size = found[name]
+            lines.append(f"  {name}: {size['least']} to {size['most']} pixels, median {size['median']}")
     if found["alpha"]:
         lines.append(f"  {found['alpha']} images have an alpha channel, which is dropped")
     if found["rotated"]:
