@@ -4,6 +4,7 @@ import base64
 import csv
 import dataclasses
 import io
+import json
 import re
 import shutil
 import sys
@@ -29,6 +30,7 @@ from compressor.report import Footprint, Report, read_report
 
 FILES = ("report.html", "report.md", "results.csv", "model_card.md")
 HOSTILE = "<script>alert('x')</script>"
+STUDIES = sorted((Path(__file__).resolve().parent.parent / "benchmarks" / "studies").glob("*/study.json"))
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -270,6 +272,9 @@ def test_pages_in_a_browser(browser: Any, run: Path, tmp_path: Path, width: int,
     files = [run / "report.html", tmp_path / "both.html"]
     report = read_report(run / "report.json")
     files[1].write_text(study_page(side_by_side({"first": report, "second": hostile(report)})))
+    for stored in STUDIES:
+        files.append(tmp_path / f"{stored.parent.name}.html")
+        files[-1].write_text(study_page(json.loads(stored.read_text())))
     for file in files:
         page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
         said: list[str] = []
