@@ -130,7 +130,7 @@ def _compared_by_damage(choice: Choice, images: int, context: Context, assignmen
     train = context.data.train
     damage = damage_of(
         choice.module,
-        choice.example,
+        choice.groups,
         train=train,
         judged=train.take(calibration_indices(train, images, assignment.seed)),
         spec=context.data.spec,

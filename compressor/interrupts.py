@@ -1,10 +1,10 @@
-"""Ctrl-C that is not lost.
+"""Ctrl-C that is not lost, and a request to end that is heard as one.
 
 A KeyboardInterrupt rises wherever the process happens to be. Under a C function that clears or replaces whatever Python
 raises below it (`PyObject_HasAttrString`, the import of numpy into an extension) it vanishes or turns into an ordinary
 error; seen with torch, about once in a hundred runs.
 
-Invariant: after the block, both signals are handled as before.
+Invariant: after the block, all signals are handled as before.
 """
 
 import signal
@@ -18,18 +18,18 @@ AGAIN_S = 3.0  # time to clean up in; what is still at work after it has not hea
 
 @contextmanager
 def lasting_interrupts(again_s: float = AGAIN_S) -> Iterator[list[int]]:
-    """Raise KeyboardInterrupt again and again after Ctrl-C, until the block is left.
+    """Raise KeyboardInterrupt again and again after Ctrl-C or SIGTERM, until the block is left.
 
     Args:
         again_s: Seconds between one and the next.
 
     Yields:
-        The signals that came: whether an error may be an interrupt in disguise. Outside the main thread, and where
-        SIGINT is ignored as in a shell's background job, it stays empty and nothing is changed.
+        The signals that came: whether an error may be an interrupt in disguise. Outside the main thread it stays empty
+        and nothing is changed; a signal that is ignored, as SIGINT is in a shell's background job, stays so.
     """
     noted: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+    heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
+    if threading.current_thread() is not threading.main_thread():
         yield noted
         return
 
@@ -39,10 +39,11 @@ def lasting_interrupts(again_s: float = AGAIN_S) -> Iterator[list[int]]:
         raise KeyboardInterrupt
 
     before_alarm = signal.signal(signal.SIGALRM, interrupt)
-    signal.signal(signal.SIGINT, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in heard}
     try:
         yield noted
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         signal.signal(signal.SIGALRM, before_alarm)

@@ -5,7 +5,6 @@ Invariant: when the block ends, however it ends, no process is left; each had ti
 
 import logging
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from compressor.study_spec import PlannedRun
 log = logging.getLogger(__name__)
 
 BUDGET_MISSED, INTERRUPTED = 3, 130
-PATIENCE_S = 10.0  # for a run to save what it has after Ctrl-C
+PATIENCE_S = 10.0  # for a run to save what it has
 
 
 def _command(planned: PlannedRun, folder: Path, device: str) -> list[str]:
@@ -92,14 +91,14 @@ def run_all(
 
 @contextmanager
 def _ended_with_us() -> Iterator[dict[subprocess.Popen[bytes], tuple[PlannedRun, Path, float]]]:
-    """Processes at work; those still there at the end of the block get Ctrl-C, and time to save what they have."""
+    """Processes at work; those left at the end of the block are asked to end, with time to save what they have."""
     working: dict[subprocess.Popen[bytes], tuple[PlannedRun, Path, float]] = {}
     try:
         yield working
     finally:
         for child in working:
             if child.poll() is None:
-                child.send_signal(signal.SIGINT)
+                child.terminate()  # SIGINT is ignored where the study is a shell's background job
         deadline = time.monotonic() + PATIENCE_S
         for child in working:
             try:

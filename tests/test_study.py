@@ -322,13 +322,15 @@ def test_list_names_every_run(done: tuple[Path, Path, dict[str, Any]], capsys: p
     assert "valid, 3 runs" in capsys.readouterr().out
 
 
-def test_ctrl_c_ends_the_runs_and_the_same_command_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ignored", [False, True], ids=["ctrl-c", "background"])
+def test_an_interrupt_ends_the_runs_and_the_same_command_goes_on(tmp_path: Path, ignored: bool) -> None:
+    """Ctrl-C; and SIGTERM, as a service manager sends it, where SIGINT is ignored as in a shell's background job."""
     path = write(tmp_path, rows=[{**ROWS[0], "set": {"stages[0].epochs": 2000}}])
     process = subprocess.Popen(
         [sys.executable, "-m", "compressor", "study", str(path), "--out", str(tmp_path / "out")],
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler),
     )
     said = tmp_path / "out" / "logs" / "dense-seed0.log"
     deadline = time.monotonic() + 120
@@ -336,7 +338,7 @@ def test_ctrl_c_ends_the_runs_and_the_same_command_goes_on(tmp_path: Path) -> No
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGINT)  # the study alone, as a service manager would
+    os.kill(process.pid, signal.SIGTERM if ignored else signal.SIGINT)  # the study alone
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted; what is finished is kept, the same command goes on" in error

@@ -19,6 +19,7 @@ from compressor.preprocess import InputSpec
 from compressor.pruning.apply import apply_plan
 from compressor.pruning.coupling import ChannelGroup
 from compressor.pruning.plan import PrunePlan, decide_plan
+from compressor.pruning.surgery import shrink
 
 PROBED = (0.25, 0.5)  # of a group's channels
 LEAST_DAMAGE = 1e-9  # nats: nothing is free, and a power law needs positive values
@@ -74,31 +75,15 @@ def score_pruned(
         seed: Decides which.
         device: Where to compute.
     """
-    network = _pruned(module, example, plan, train=train, spec=spec, bn_batches=bn_batches, seed=seed, device=device)
-    return evaluate(network, val, spec, device=device)
-
-
-def _pruned(
-    module: nn.Module,
-    example: Tensor,
-    plan: PrunePlan,
-    *,
-    train: Split,
-    spec: InputSpec,
-    bn_batches: int,
-    seed: int,
-    device: str,
-) -> nn.Module:
-    """A copy that is pruned and knows its new statistics."""
     network = copy.deepcopy(module)
     apply_plan(network, plan, example)
     reestimate_batchnorm(network, train, spec, passes=bn_batches, seed=seed, device=device)
-    return network
+    return evaluate(network, val, spec, device=device)
 
 
 def damage_of(
     module: nn.Module,
-    example: Tensor,
+    groups: Sequence[ChannelGroup],
     *,
     train: Split,
     judged: Split,
@@ -109,6 +94,9 @@ def damage_of(
 ) -> Callable[[PrunePlan], float]:
     """A function from a plan to what it does to the network's answers before any training.
 
+    Groups are as they were found: tracing the network anew for each plan would take most of the time. What is pruned in
+    the end is checked as a whole.
+
     Returns:
         Mean Kullback-Leibler divergence, in nats, of a pruned copy's class probabilities from the network's, on the
         images of `judged`, whose labels are not looked at. In bf16 where the processor has it: groups are compared.
@@ -117,9 +105,9 @@ def damage_of(
     whole = F.log_softmax(predict(module, judged.images, spec, device=device, dtype=dtype), dim=1)
 
     def damage(plan: PrunePlan) -> float:
-        network = _pruned(
-            module, example, plan, train=train, spec=spec, bn_batches=bn_batches, seed=seed, device=device
-        )
+        network = copy.deepcopy(module)
+        shrink(network, groups, plan.keep)
+        reestimate_batchnorm(network, train, spec, passes=bn_batches, seed=seed, device=device)
         logits = predict(network, judged.images, spec, device=device, dtype=dtype)
         return float(F.kl_div(F.log_softmax(logits, dim=1), whole, reduction="batchmean", log_target=True))
 
