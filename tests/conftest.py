@@ -26,14 +26,6 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of a file share a process, and so its fixtures, but for those marked `alone`, each minutes long."""
-    for item in items:
-        alone = item.get_closest_marker("alone")
-        item.add_marker(pytest.mark.xdist_group(item.name if alone else item.path.name))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Keep tests away from the user's cache, in this process and in the processes it starts."""
