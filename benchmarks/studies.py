@@ -26,6 +26,12 @@ from compressor.study_spec import COLUMNS, FIGURES, folder_of
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 BEGIN, END = "<!-- studies: begin -->", "<!-- studies: end -->"
+OPENING = """
+Studies put networks side by side that were trained alike, each run in a process of its own, and time all results in
+turns. Accuracy: mean of the seeds, ± their deviation, (Wilson's 95 % interval); memory: while the network that is
+deployed trains. Bold: in the Pareto set of the study's objectives. `python benchmarks/studies.py table` writes these
+tables from `benchmarks/studies/`.
+"""
 LARGE = ("mistakes", "layers")  # of a report: not needed to go on with a study
 
 
@@ -95,8 +101,8 @@ def table() -> None:
     studies = [json.loads(path.read_text()) for path in sorted((HERE / "studies").glob("*/study.json"))]
     text = README.read_text()
     head, rest = text.split(BEGIN)
-    tables = "\n\n".join(table_of(study) for study in studies)
-    README.write_text(f"{head}{BEGIN}\n{tables}\n{END}{rest.split(END)[1]}")
+    tables = "\n\n".join([OPENING.strip(), *map(table_of, studies)]) + "\n" if studies else ""
+    README.write_text(f"{head}{BEGIN}\n{tables}{END}{rest.split(END)[1]}")
 
 
 def main() -> int:

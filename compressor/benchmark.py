@@ -5,6 +5,7 @@ turns within one process, so that a change of the load of the machine falls on a
 """
 
 import itertools
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -20,6 +21,8 @@ from compressor.environment import BF16_FEATURES, INT8_FEATURES, cpu_flags
 from compressor.errors import DataError
 from compressor.openvino_core import core
 from compressor.runtime import DEFAULT, F32, compile_ir, network_size, stream
+
+log = logging.getLogger(__name__)
 
 ROUNDS = 3  # a compiled network keeps the luck of where its memory lies: each round compiles all anew
 STEADY, PATIENCE = 1.05, 2  # see `steady`; so many times the rounds are run at most
@@ -108,6 +111,8 @@ def measure_latency(
         reference.append(float(np.median(next(iter(timed[-1].values())))))
         if len(timed) >= rounds and (len(candidates) == 1 or steady(reference, rounds)):
             break
+    if len(candidates) > 1 and not steady(reference, rounds):
+        log.info("latency: the machine was busy with something else; measured all the same, in its best moments")
     chosen = fastest_rounds(reference, rounds)
     times = {name: [value for place in chosen for value in timed[place][name]][:calls] for name in candidates}
     return {

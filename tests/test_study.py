@@ -295,13 +295,13 @@ def test_the_readme_gets_a_line_for_each_row(
     done: tuple[Path, Path, dict[str, Any]], stored: tuple[ModuleType, Path]
 ) -> None:
     studies, here = stored
-    (here / "README.md").write_text("before\n<!-- studies: begin -->\nold\n<!-- studies: end -->\nafter\n")
+    (here / "README.md").write_text("before\n<!-- studies: begin -->\nstale\n<!-- studies: end -->\nafter\n")
     for _ in range(2):
         studies.table()
     text = (here / "README.md").read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
-    assert "old" not in text
+    assert "stale" not in text
     figures = done[2]["rows"][0]["figures"]["accuracy"]
     line = next(line for line in text.splitlines() if line.startswith(("| dense |", "| **dense** |")))
     assert f"{100 * figures['mean']:.1f} ({100 * figures['low']:.1f} to {100 * figures['high']:.1f})" in line
