@@ -18,12 +18,15 @@ from compressor.channel_choice import Choice, choose_channels, choose_widths, gr
 from compressor.context import Assignment, Context, Work, accounted, located, recovery, reestimate, train
 from compressor.data import calibration_indices
 from compressor.data.batches import to_input
+from compressor.inference import EVALUATION_BATCH, arithmetic, visiting
 from compressor.latency_model import LatencyModel
 from compressor.latency_target import measured_model
 from compressor.pruning.apply import apply_plan
+from compressor.pruning.coupling import ChannelGroup
 from compressor.pruning.group_lasso import scale_penalty
 from compressor.pruning.importance import NEEDS_BATCHES
 from compressor.pruning.plan import PrunePlan
+from compressor.pruning.reconstruction import Moments, reader_moments, reconstruct
 from compressor.pruning.sensitivity import damage_of, scores_by_damage
 from compressor.pruning.steps import EXACT, Predictor, fewest_kept, kept_of
 from compressor.stage_targets import (
@@ -97,8 +100,9 @@ def prune_stage(module: nn.Module, stage: spec.Prune, context: Context, assignme
                 full=reached["full"],
                 model=model,
             )
+            moments = moments_of(module, stage, choice.groups, context, assignment.seed)
             if stage.sensitivity_images is not None:
-                choice = _compared_by_damage(choice, stage.sensitivity_images, context, assignment, work)
+                choice = _compared_by_damage(choice, stage.sensitivity_images, moments, context, assignment, work)
             reached["full"] = reached["full"] or {group.name: group.channels for group in choice.groups}
             if i == 0 and counts:  # whether the end can be reached is known before the first step
                 choice.plan(counts)
@@ -112,6 +116,7 @@ def prune_stage(module: nn.Module, stage: spec.Prune, context: Context, assignme
                 ratio=None if stage.pruning_ratio is None else 1 - (1 - stage.pruning_ratio) ** share,
                 predict=aim.predict,
             )
+            reconstruct(module, choice.groups, plan.keep, moments)
             _apply_plan(module, plan, context, work)
             reestimate(module, stage.bn_batches, context, assignment.seed)
             predicted = _costs(module, example, aim.predict)
@@ -125,12 +130,31 @@ def prune_stage(module: nn.Module, stage: spec.Prune, context: Context, assignme
         work.details |= {"targets": targets, "binding_target": binding(targets)}
 
 
-def _compared_by_damage(choice: Choice, images: int, context: Context, assignment: Assignment, work: Work) -> Choice:
+def moments_of(
+    module: nn.Module, stage: spec.Prune, groups: Sequence[ChannelGroup], context: Context, seed: int
+) -> Moments:
+    """What a stage's reconstruction goes by; nothing where it has none."""
+    if stage.reconstruction_images is None:
+        return {}
+    train, device = context.data.train, context.device
+    chosen = calibration_indices(train, stage.reconstruction_images, seed)
+    with visiting(device, module), arithmetic(torch.float32, device):
+        batches = (
+            to_input(train.images[chosen[i : i + EVALUATION_BATCH]], context.data.spec, device)
+            for i in range(0, len(chosen), EVALUATION_BATCH)
+        )
+        return reader_moments(module, groups, batches)
+
+
+def _compared_by_damage(
+    choice: Choice, images: int, moments: Moments, context: Context, assignment: Assignment, work: Work
+) -> Choice:
     """The same choice, with scores that say what the network's answers were measured to lose; the report has it too."""
     train = context.data.train
     damage = damage_of(
         choice.module,
         choice.groups,
+        moments,
         train=train,
         judged=train.take(calibration_indices(train, images, assignment.seed)),
         spec=context.data.spec,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from compressor import recipe as spec
 from compressor.benchmark import Candidate, measure_latency
-from compressor.channel_stages import loss_batches
+from compressor.channel_stages import loss_batches, moments_of
 from compressor.context import Context, located
 from compressor.errors import RecipeError, UnsupportedModelError
 from compressor.export import convert_float_ir, save_ir
@@ -171,6 +171,7 @@ def measure_sensitivity(
         for ratio in RATIOS
         if group.prunable and str(ratio) not in figures.get(group.name, {})
     ]
+    moments = moments_of(subject.module, stage, groups, context, subject.seed) if missing else {}
     started = time.perf_counter()
     for done, (group, ratio) in enumerate(missing, 1):
         plan = plan_alone(
@@ -193,6 +194,8 @@ def measure_sensitivity(
                 subject.module,
                 context.example,
                 plan,
+                groups,
+                moments,
                 train=context.data.train,
                 val=context.data.val,
                 spec=context.data.spec,

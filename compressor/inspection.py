@@ -263,7 +263,15 @@ def _digest(value: object) -> str:
 
 def _settings(stage: spec.Prune) -> dict[str, Any]:
     """What of a prune stage decides the figures."""
-    names = {"importance", "importance_batches", "round_to", "min_channels", "ignored_scope", "bn_batches"}
+    names = {
+        "importance",
+        "importance_batches",
+        "round_to",
+        "min_channels",
+        "ignored_scope",
+        "reconstruction_images",
+        "bn_batches",
+    }
     return stage.model_dump(mode="json", include=names)
 
 

@@ -162,6 +162,14 @@ class Prune(BaseModel):
         "without half of each group (arXiv 1804.03230): groups then compete by that, and scores only order a group's "
         "channels; null = scores are compared over the whole network. For ranking global and latency.",
     )
+    reconstruction_images: int | None = Field(
+        default=None,
+        ge=1,
+        le=1_000_000,
+        description="Training images over which layers that read removed channels are refitted to those that stay, in "
+        "least squares, before any training (as arXiv 1707.06168 and 1707.06342 do); null = removed channels are only "
+        "cut off. Refitted layers give nearly what they gave, so `bn_batches: 0` may be better.",
+    )
     bn_batches: int = _bn_batches()
 
     @model_validator(mode="after")

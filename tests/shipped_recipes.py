@@ -26,7 +26,14 @@ RECIPES = sorted(path for path in (REPOSITORY / "recipes").rglob("*.yaml") if pa
 # that Xception would take minutes.
 ANY_NETWORK = ("dense.yaml", "ptq.yaml", "slim.yaml", "xception_caltech101_edge.yaml")
 TREES = {"caltech101": ("anchor", "sea horse", "wild_cat"), "deeppcb": ("defect", "ok")}
-SMALL = {"subset_size": 8, "importance_batches": 1, "metric_images": 8, "sensitivity_images": 8, "bn_batches": 1}
+SMALL = {
+    "subset_size": 8,
+    "importance_batches": 1,
+    "metric_images": 8,
+    "sensitivity_images": 8,
+    "reconstruction_images": 8,
+    "bn_batches": 1,
+}
 
 
 def make_tree(folder: Path, source: str) -> Path:

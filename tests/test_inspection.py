@@ -169,7 +169,9 @@ def test_what_the_groups_cost_adds_up_to_the_network(network: Callable[[], nn.Mo
         assert parts["conv1"][0] == 16 * 27 + 2 * 16 + 16 * 9
 
 
-def really_pruned(run: Path, data: Dataset, folder: Path, group: str, ratio: float) -> tuple[float | None, float]:
+def really_pruned(
+    run: Path, data: Dataset, folder: Path, group: str, ratio: float, images: int | None
+) -> tuple[float | None, float]:
     """Accuracy that a run reports after a prune stage that may shrink one group only; and the loss."""
     network = load_network(run.with_name("mine.partial") / "stages" / "00-finetune")
     context = Context(to_input(data.train.images[:1], data.spec, "cpu"), data, "cpu", folder)
@@ -180,18 +182,22 @@ def really_pruned(run: Path, data: Dataset, folder: Path, group: str, ratio: flo
         for member in other.members
         if member.kind == "out"
     }
-    stage = Prune.model_validate({**PRUNE, "pruning_ratio": ratio, "ignored_scope": sorted(others)})
+    stage = Prune.model_validate(
+        {**PRUNE, "pruning_ratio": ratio, "ignored_scope": sorted(others), "reconstruction_images": images}
+    )
     assignment = Assignment(1, 1, None, Footprint())
     outcome = run_stage(stage, network, context, assignment, Work({}, [], []))
     assert list(outcome.plans[0]["keep"]) == [group]
     return outcome.footprint.val_accuracy, evaluate(outcome.network.module, data.val, data.spec)[1]
 
 
+@pytest.mark.parametrize("images", [None, 12])
 def test_sensitivity_is_that_of_really_pruning_the_group(
-    recipe: Path, run: Path, data: Dataset, tmp_path: Path, counted: list[str]
+    recipe: Path, run: Path, data: Dataset, tmp_path: Path, counted: list[str], images: int | None
 ) -> None:
     before = {path: path.read_bytes() for path in run.with_name("mine.partial").rglob("*") if path.is_file()}
-    found = inspect_recipe(recipe, run=run, sensitivity=True)
+    change = [] if images is None else [f"stages[1].reconstruction_images={images}"]
+    found = inspect_recipe(recipe, change, run=run, sensitivity=True)
     assert (
         found["unpruned"]["accuracy"]
         == evaluate(load_network(run.with_name("mine.partial") / "stages" / "00-finetune").module, data.val, data.spec)[
@@ -205,7 +211,7 @@ def test_sensitivity_is_that_of_really_pruning_the_group(
     chosen = np.random.default_rng(0).permutation(len(figures))[:4]
     assert len({figures[i][1]["loss"] for i in chosen}) > 1
     for name, figure in (figures[i] for i in chosen):
-        assert (figure["accuracy"], figure["loss"]) == really_pruned(run, data, tmp_path, name, figure["ratio"])
+        assert (figure["accuracy"], figure["loss"]) == really_pruned(run, data, tmp_path, name, figure["ratio"], images)
     assert {path: path.read_bytes() for path in before} == before, "the run is read only"
 
 

@@ -55,7 +55,9 @@ def measured(network: Chain, **settings: Any) -> tuple[dict[str, Tensor], dict[s
     groups = find_groups(network, EXAMPLE, ignored=())
     scores = score_groups(network, groups, kind="magnitude", loss_batches=None, seed=0)
     spec = InputSpec(8, 8)
-    damage = damage_of(network, groups, train=split(), judged=split(), spec=spec, bn_batches=1, seed=0, device="cpu")
+    damage = damage_of(
+        network, groups, {}, train=split(), judged=split(), spec=spec, bn_batches=1, seed=0, device="cpu"
+    )
     by_damage, _ = scores_by_damage(network, EXAMPLE, groups, scores, damage, round_to=4, min_channels=4, **settings)
     return scores, by_damage, damage
 

@@ -1,5 +1,6 @@
 """What single stages do to a network, and what the runner makes sure of after each."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -126,6 +127,20 @@ def test_a_pruning_ratio_holds_over_all_steps_together(run: Run, network: Networ
     outcome = run(type="prune", pruning_ratio=0.5, iterations=2, round_to=1, min_channels=1, bn_batches=0)
     assert outcome.network.module.get_submodule("conv1").out_channels == pytest.approx(8, abs=1)
     assert any("fc" in note and "outputs" in note for note in outcome.notes), "what stayed whole is listed"
+
+
+def test_reconstruction_keeps_what_the_network_says(run: Run, network: Network, context: Context) -> None:
+    x = to_input(context.data.val.images, context.data.spec, "cpu")
+    stage = {"type": "prune", "pruning_ratio": 0.25, "round_to": 1, "min_channels": 2, "bn_batches": 0}
+    dense, off = copy.deepcopy(network), []
+    with torch.no_grad():
+        whole = dense.module(x)
+        for images in (None, 64):
+            object.__setattr__(network, "module", copy.deepcopy(dense.module))
+            outcome = run(**stage, reconstruction_images=images)
+            off.append(float((outcome.network.module.eval()(x) - whole).square().mean()))
+    assert off[1] < 0.5 * off[0], "measured on images that nothing was fitted to"
+    assert sizes(outcome.network, context) < sizes(dense, context)
 
 
 def test_taylor_importance_repeats_with_the_seed(run: Run, network: Network, context: Context) -> None:

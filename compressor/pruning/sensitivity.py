@@ -19,6 +19,7 @@ from compressor.preprocess import InputSpec
 from compressor.pruning.apply import apply_plan
 from compressor.pruning.coupling import ChannelGroup
 from compressor.pruning.plan import PrunePlan, decide_plan
+from compressor.pruning.reconstruction import Moments, reconstruct
 from compressor.pruning.surgery import shrink
 
 PROBED = (0.25, 0.5)  # of a group's channels
@@ -52,6 +53,8 @@ def score_pruned(
     module: nn.Module,
     example: Tensor,
     plan: PrunePlan,
+    groups: Sequence[ChannelGroup],
+    moments: Moments,
     *,
     train: Split,
     val: Split,
@@ -68,6 +71,8 @@ def score_pruned(
         module: The network; left as it is.
         example: Input (1, C, H, W).
         plan: What to keep.
+        groups: Those of the network.
+        moments: From `reader_moments`, with which readers are refitted before the cut; none = they are not.
         train: Images that BatchNorm statistics are estimated from.
         val: Images that are scored.
         spec: Their preprocessing.
@@ -76,6 +81,7 @@ def score_pruned(
         device: Where to compute.
     """
     network = copy.deepcopy(module)
+    reconstruct(network, groups, plan.keep, moments)
     apply_plan(network, plan, example)
     reestimate_batchnorm(network, train, spec, passes=bn_batches, seed=seed, device=device)
     return evaluate(network, val, spec, device=device)
@@ -84,6 +90,7 @@ def score_pruned(
 def damage_of(
     module: nn.Module,
     groups: Sequence[ChannelGroup],
+    moments: Moments,
     *,
     train: Split,
     judged: Split,
@@ -95,7 +102,7 @@ def damage_of(
     """A function from a plan to what it does to the network's answers before any training.
 
     Groups are as they were found: tracing the network anew for each plan would take most of the time. What is pruned in
-    the end is checked as a whole.
+    the end is checked as a whole. With `moments`, from `reader_moments`, readers are refitted before each cut.
 
     Returns:
         Mean Kullback-Leibler divergence, in nats, of a pruned copy's class probabilities from the network's, on the
@@ -106,6 +113,7 @@ def damage_of(
 
     def damage(plan: PrunePlan) -> float:
         network = copy.deepcopy(module)
+        reconstruct(network, groups, plan.keep, moments)
         shrink(network, groups, plan.keep)
         reestimate_batchnorm(network, train, spec, passes=bn_batches, seed=seed, device=device)
         logits = predict(network, judged.images, spec, device=device, dtype=dtype)
