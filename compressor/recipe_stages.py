@@ -168,7 +168,7 @@ class Prune(BaseModel):
         le=1_000_000,
         description="Training images over which layers that read removed channels are refitted to those that stay, in "
         "least squares, before any training (as arXiv 1707.06168 and 1707.06342 do); null = removed channels are only "
-        "cut off. Refitted layers give nearly what they gave, so `bn_batches: 0` may be better.",
+        "cut off.",
     )
     bn_batches: int = _bn_batches()
 
