@@ -17,7 +17,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
 from measuring import keep
 
 from compressor.errors import RecipeError
@@ -39,6 +38,7 @@ def variant(recipe: Recipe, ranking: str, seed: int, args: argparse.Namespace) -
         "ranking": ranking,
         "target": {"latency_ms": args.target},
         "round_to": 8,
+        "reconstruction_images": args.reconstruction_images,
     }
     if ranking == "latency":
         prune["sensitivity_images"] = args.sensitivity_images
@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--target", default="0.5x")
     parser.add_argument("--importance", default="taylor")
     parser.add_argument("--sensitivity-images", type=int, default=128)
+    parser.add_argument("--reconstruction-images", type=int, help="of both plans; none = channels are only cut off")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
@@ -87,7 +88,7 @@ def main() -> None:
         for seed in args.seeds:
             for ranking in RANKINGS:
                 file = Path(folder) / f"{ranking}-{seed}.yaml"
-                file.write_text(yaml.safe_dump(variant(recipe, ranking, seed, args), sort_keys=False))
+                file.write_text(json.dumps(variant(recipe, ranking, seed, args)))  # YAML, too
                 report = compress(file, Path(folder) / file.stem)
                 rows.append({"seed": seed, "ranking": ranking, **figures(report)})
                 print(json.dumps(rows[-1]), flush=True)
@@ -99,7 +100,7 @@ def main() -> None:
         for ranking in RANKINGS
     }
     setting = {"recipe": args.recipe.name, "target": args.target, "epochs": args.epochs, "importance": args.importance}
-    setting["sensitivity_images"] = args.sensitivity_images
+    setting |= {"sensitivity_images": args.sensitivity_images, "reconstruction_images": args.reconstruction_images}
     keep(args.output, {**setting, "learning_rate": args.learning_rate, "means": means, "rows": rows})
 
 

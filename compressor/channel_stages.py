@@ -26,7 +26,7 @@ from compressor.pruning.coupling import ChannelGroup
 from compressor.pruning.group_lasso import scale_penalty
 from compressor.pruning.importance import NEEDS_BATCHES
 from compressor.pruning.plan import PrunePlan
-from compressor.pruning.reconstruction import Moments, reader_moments, reconstruct
+from compressor.pruning.reconstruction import Moments, reader_moments, readers_of, reconstruct
 from compressor.pruning.sensitivity import damage_of, scores_by_damage
 from compressor.pruning.steps import EXACT, Predictor, fewest_kept, kept_of
 from compressor.stage_targets import (
@@ -116,7 +116,7 @@ def prune_stage(module: nn.Module, stage: spec.Prune, context: Context, assignme
                 ratio=None if stage.pruning_ratio is None else 1 - (1 - stage.pruning_ratio) ** share,
                 predict=aim.predict,
             )
-            reconstruct(module, choice.groups, plan.keep, moments)
+            _reconstruct(module, stage, choice.groups, plan, moments, work)
             _apply_plan(module, plan, context, work)
             reestimate(module, stage.bn_batches, context, assignment.seed)
             predicted = _costs(module, example, aim.predict)
@@ -144,6 +144,22 @@ def moments_of(
             for i in range(0, len(chosen), EVALUATION_BATCH)
         )
         return reader_moments(module, groups, batches)
+
+
+def _reconstruct(
+    module: nn.Module,
+    stage: spec.Prune,
+    groups: Sequence[ChannelGroup],
+    plan: PrunePlan,
+    moments: Moments,
+    work: Work,
+) -> None:
+    """Refit what reads the channels that are about to go, and say which layers are not."""
+    if stage.reconstruction_images is not None:
+        chosen = [group for group in groups if group.name in plan.keep]
+        notes = [f"{name} was not refitted: {reason}" for name, reason in readers_of(module, chosen)[1].items()]
+        work.notes += [note for note in notes if note not in work.notes]
+    reconstruct(module, groups, plan.keep, moments)
 
 
 def _compared_by_damage(

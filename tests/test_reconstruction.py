@@ -133,3 +133,15 @@ def test_channels_that_say_nothing_take_nothing_over() -> None:
     groups, keep = find_groups(net, images(1), ignored=()), {"first": [0, 1, 2, 3]}
     twin = refitted(net, groups, keep, images(4))
     torch.testing.assert_close(twin.state_dict(), net.state_dict())
+
+
+def test_a_layer_that_reads_too_many_channels_is_named_and_only_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconstruction, "MOST_CHANNELS", 7)
+    net = Reader(nn.Conv2d(8, 6, 1))
+    groups, keep = find_groups(net, images(1), ignored=()), {"first": [0, 1, 2, 3], "reader": [0, 1, 2]}
+    readers, left_out = reconstruction.readers_of(net, groups)
+    assert list(readers) == ["fc"]
+    assert left_out == {"reader": "it reads 8 channels, and reconstruction takes on 7 at most"}
+    twin = refitted(net, groups, keep, images(4))
+    assert torch.equal(twin.reader.weight, net.reader.weight)
+    assert not torch.equal(twin.fc.weight, net.fc.weight)

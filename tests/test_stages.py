@@ -21,6 +21,7 @@ from compressor.errors import RecipeError, TrainingError, UnsupportedModelError
 from compressor.inference import frozen_copy
 from compressor.models.counting import count
 from compressor.preprocess import InputSpec
+from compressor.pruning import reconstruction
 from compressor.pruning.importance import NEEDS_BATCHES, Importance, score_groups
 from compressor.recipe import Stage
 from compressor.report import Footprint
@@ -141,6 +142,17 @@ def test_reconstruction_keeps_what_the_network_says(run: Run, network: Network, 
             off.append(float((outcome.network.module.eval()(x) - whole).square().mean()))
     assert off[1] < 0.5 * off[0], "measured on images that nothing was fitted to"
     assert sizes(outcome.network, context) < sizes(dense, context)
+
+
+def test_a_layer_that_is_not_refitted_is_listed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconstruction, "MOST_CHANNELS", 31)
+    stage = {"type": "prune", "pruning_ratio": 0.5, "round_to": 1, "iterations": 2, "reconstruction_images": 8}
+    notes = [note for note in run(**stage, min_channels=2, bn_batches=0).notes if "not refitted" in note]
+    assert notes
+    assert len(notes) == len(set(notes))
+    assert all("reconstruction takes on 31 at most" in note for note in notes)
+    monkeypatch.undo()
+    assert not any("not refitted" in note for note in run(**stage, min_channels=1, bn_batches=0).notes)
 
 
 def test_taylor_importance_repeats_with_the_seed(run: Run, network: Network, context: Context) -> None:

@@ -19,7 +19,27 @@ from compressor.pruning.surgery import removed_channels
 
 RIDGE = 1e-2  # of the mean square of a channel: late layers see few positions, and their channels are nearly dependent
 
+MOST_CHANNELS = (
+    8192  # that a layer's products are kept of: half a GB; VGG's first linear layer reads three times as many
+)
+
 Moments = Mapping[str, Tensor]
+
+
+def readers_of(module: nn.Module, groups: Iterable[ChannelGroup]) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The layers that read channels of prunable groups and can be refitted, by name; and why others are left alone."""
+    names = {m.layer for group in groups if group.prunable for m in group.members if m.kind == "in"}
+    readers: dict[str, nn.Module] = {}
+    left_out: dict[str, str] = {}
+    for name, layer in module.named_modules():
+        if name not in names:
+            continue
+        width = layer.in_channels if isinstance(layer, nn.Conv2d) else getattr(layer, "in_features", 0)
+        if width > MOST_CHANNELS:
+            left_out[name] = f"it reads {width} channels, and reconstruction takes on {MOST_CHANNELS} at most"
+        else:
+            readers[name] = layer
+    return readers, left_out
 
 
 def reader_moments(module: nn.Module, groups: Iterable[ChannelGroup], batches: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -33,13 +53,7 @@ def reader_moments(module: nn.Module, groups: Iterable[ChannelGroup], batches: I
     Returns:
         Layer name to a float64 matrix (C, C) on the CPU, C the layer's input channels.
     """
-    readers = {
-        member.layer: module.get_submodule(member.layer)
-        for group in groups
-        if group.prunable
-        for member in group.members
-        if member.kind == "in"
-    }
+    readers, _ = readers_of(module, groups)
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(readers, 0)
     hooks = []
