@@ -18,10 +18,7 @@ from compressor.pruning.coupling import ChannelGroup
 from compressor.pruning.surgery import removed_channels
 
 RIDGE = 1e-2  # of the mean square of a channel: late layers see few positions, and their channels are nearly dependent
-
-MOST_CHANNELS = (
-    8192  # that a layer's products are kept of: half a GB; VGG's first linear layer reads three times as many
-)
+MOST_CHANNELS = 8192  # of a layer, whose products are half a GB; VGG's first linear layer reads three times as many
 
 Moments = Mapping[str, Tensor]
 
