@@ -47,6 +47,19 @@ def variant(recipe: Recipe, ranking: str, seed: int, args: argparse.Namespace) -
     return {**tree, "seed": seed, "stages": [*lead, prune, recovery], "budget": {}}
 
 
+def baseline_of(recipe: Recipe) -> dict[str, Any]:
+    """What of the recipe the figures depend on; where its files lie does not matter."""
+    tree = recipe.model_dump(mode="json", exclude_unset=True)
+    model = {**tree["model"], "weights": Path(tree["model"].get("weights", "none")).name}
+    data = {key: value for key, value in tree["data"].items() if key != "path"}
+    return {
+        "model": model,
+        "data": data,
+        "input": tree["input"],
+        "stages": tree["stages"][: leading_finetunes(recipe)],
+    }
+
+
 def figures(report: Report) -> dict[str, Any]:
     """What the comparison is about, of one run."""
     pruned, trained = report.stages[-2:]
@@ -99,7 +112,12 @@ def main() -> None:
         }
         for ranking in RANKINGS
     }
-    setting = {"recipe": args.recipe.name, "target": args.target, "epochs": args.epochs, "importance": args.importance}
+    setting: dict[str, Any] = {
+        "baseline": baseline_of(recipe),
+        "target": args.target,
+        "epochs": args.epochs,
+        "importance": args.importance,
+    }
     setting |= {"sensitivity_images": args.sensitivity_images, "reconstruction_images": args.reconstruction_images}
     keep(args.output, {**setting, "learning_rate": args.learning_rate, "means": means, "rows": rows})
 
