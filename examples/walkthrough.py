@@ -1,6 +1,6 @@
 """Walk a newcomer's path on images that no recipe knows, and write down what was typed, what came and how long it took.
 
-    python examples/walkthrough.py docs/walkthrough.md            # six minutes on two cores
+    python examples/walkthrough.py docs/walkthrough.md            # six to twelve minutes on two cores
 
 The words between the commands are those of walkthrough.template.md; the rest of the page, and its pictures in
 docs/walkthrough/, are what the commands gave.
