@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 SPEED_PERIOD_S = 1800.0
+FILE_WIDTH = 120  # of a table that is written to a file, which has no width of its own
 
 
 class LiveHandler(logging.Handler):
@@ -254,15 +255,18 @@ def show_planned(loaded: "LoadedStudy") -> None:
 
 def show_study(study: dict[str, Any], out: Path) -> None:
     """Rows with their means and deviations, who dominates whom, what failed."""
-    from compressor.study_figures import read_mean
+    from compressor.study_figures import in_words, read_mean
     from compressor.study_spec import COLUMNS, FIGURES
 
     console = Console()
-    table = Table(title=study["title"], box=None, pad_edge=False)
-    table.add_column("row", overflow="fold")
-    table.add_column("seeds\n", justify="right")
+    if not console.is_terminal:
+        console.width = max(console.width, FILE_WIDTH)
+    table = Table(title=study["title"], title_justify="left", box=None, pad_edge=False)
+    table.add_column("row", no_wrap=True)
+    table.add_column("seeds", justify="right", no_wrap=True)
     for name in COLUMNS:
-        table.add_column(f"{FIGURES[name].label}, {FIGURES[name].unit}", justify="right", overflow="fold")
+        words = f"{FIGURES[name].label}, {FIGURES[name].unit}".split()
+        table.add_column("\n".join(words), justify="right", overflow="fold", vertical="bottom")
     for row in study["rows"]:
         cells = [read_mean(row["figures"].get(name), FIGURES[name]) for name in COLUMNS]
         mark = "* " if row["name"] in study["pareto_set"] else "  "
@@ -271,8 +275,8 @@ def show_study(study: dict[str, Any], out: Path) -> None:
     lines = [f"* Pareto set; hypervolume {study['hypervolume']:.3f}"] if study["hypervolume"] is not None else []
     lines += [f"{name}: dominated by {', '.join(by)}" for name, by in study["dominated_by"].items() if by]
     for published in study["published"]:
-        figures = ", ".join(f"{name} {value:g}" for name, value in published["figures"].items())
-        lines.append(f"published, not measured here: {published['name']}: {figures} ({published['source']})")
+        text = f"{published['name']}: {in_words(published['figures'])} ({published['source']})"
+        lines.append(f"published, not measured here: {text}")
     lines += [f"note: {note}" for note in study["notes"]]
     for line in lines:
         console.print(line, markup=False, highlight=False)

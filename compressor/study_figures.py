@@ -60,6 +60,12 @@ def read_mean(figure: Mapping[str, Any] | None, kind: FigureKind) -> str:
     return " ±".join(kind.form.format(value * kind.scale) for value in values)
 
 
+def in_words(figures: Mapping[str, float]) -> str:
+    """Figures with what they are and their units."""
+    kinds = ((FIGURES[name], value) for name, value in figures.items())
+    return ", ".join(f"{kind.label} {value * kind.scale:.4g} {kind.unit}" for kind, value in kinds)
+
+
 def _seconds_to_best(details: Mapping[str, Any]) -> float:
     """Seconds into a finetune at which the weights it kept were there; 0 where it kept those it started from."""
     best = details.get("best_epoch")

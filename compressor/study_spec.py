@@ -39,7 +39,7 @@ class FigureKind:
 # What a study compares. The figures of a report's footprint keep its names.
 FIGURES: Mapping[str, FigureKind] = {
     "accuracy": FigureKind("top-1 on the test split, a fraction", "test accuracy", "%", 100.0, "{:.1f}"),
-    "latency_ms": FigureKind("median time of the published IR for one image", "latency of the IR", "ms"),
+    "latency_ms": FigureKind("median time of the published IR for one image", "IR latency", "ms"),
     "latency_p95_ms": FigureKind("95th percentile of the same", "95th percentile of latency", "ms"),
     "torch_latency_ms": FigureKind("median time of the float network in eager PyTorch", "latency in PyTorch", "ms"),
     "throughput_fps": FigureKind("images a second, several requests at once", "throughput", "images/s", 1.0, "{:.0f}"),
@@ -50,9 +50,9 @@ FIGURES: Mapping[str, FigureKind] = {
         1.0,
         "{:.3f}",
     ),
-    "params": FigureKind("parameters", "parameters", "million", 1e-6),
-    "macs": FigureKind("multiply-accumulates for one image", "multiply-accumulates", "million", 1e-6, "{:.0f}"),
-    "size_bytes": FigureKind("the published IR, .xml and .bin", "size of the IR", "MB", 1e-6, "{:.1f}"),
+    "params": FigureKind("parameters", "parameters", "M", 1e-6),
+    "macs": FigureKind("multiply-accumulates for one image", "MACs", "M", 1e-6, "{:.0f}"),
+    "size_bytes": FigureKind("the published IR, .xml and .bin", "IR size", "MB", 1e-6, "{:.1f}"),
     "training_avg_memory_bytes": FigureKind(
         "resident memory, averaged over time, while the network that is deployed trains: again, as on a device",
         "average training memory",
@@ -63,7 +63,7 @@ FIGURES: Mapping[str, FigureKind] = {
     "training_peak_memory_bytes": FigureKind("the most of the same", "peak training memory", "MB", 1e-6, "{:.0f}"),
     "epoch_s": FigureKind(
         "a pass over the training images in the last float finetune, validation left out",
-        "an epoch",
+        "epoch",
         "s",
         1.0,
         "{:.1f}",

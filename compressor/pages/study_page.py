@@ -12,7 +12,7 @@ from compressor.pages.run_page import environment_pairs
 from compressor.pages.words import percent
 from compressor.report import Report
 from compressor.study_chart import study_chart
-from compressor.study_figures import compare, read_mean, row_figures, run_line
+from compressor.study_figures import compare, in_words, read_mean, row_figures, run_line
 from compressor.study_spec import COLUMNS, FIGURES, Objectives
 
 
@@ -21,19 +21,10 @@ def study_page(study: Mapping[str, Any]) -> str:
     named = [name for name in COLUMNS if any(name in row["figures"] for row in study["rows"])]
     rows = []
     for row in study["rows"]:
-        mark = "* " if row["name"] in study["pareto_set"] else ""
+        mark = "*\u00a0" if row["name"] in study["pareto_set"] else ""
         cells = [read_mean(row["figures"].get(name), FIGURES[name]) for name in named]
         rows.append((mark + row["name"], str(len(row["runs"])), *cells))
-    published = [
-        (
-            one["name"],
-            ", ".join(
-                f"{FIGURES[n].label} {v * FIGURES[n].scale:.4g} {FIGURES[n].unit}" for n, v in one["figures"].items()
-            ),
-            one["source"],
-        )
-        for one in study["published"]
-    ]
+    published = [f"{one['name']} ({one['source']}): {in_words(one['figures'])}" for one in study["published"]]
     runs = [
         (
             row["name"],
