@@ -230,7 +230,7 @@ def test_runs_side_by_side(run: Path, report: Report, tmp_path: Path) -> None:
     out = tmp_path / "both.html"
     assert rebuild([first, second], out) == [first / "report.html", second / "report.html", out]
     cells = Elements(out.read_text()).cells
-    assert {"* first", "* second"} <= set(cells)  # equal points do not dominate each other
+    assert {"*\u00a0first", "*\u00a0second"} <= set(cells)  # equal points do not dominate each other
     assert [line["run"] for line in csv.DictReader(io.StringIO(out.with_suffix(".csv").read_text()))] == [
         *["first"] * 2,
         *["second"] * 2,
