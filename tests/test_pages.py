@@ -272,6 +272,16 @@ def test_pages_in_a_browser(browser: Any, run: Path, tmp_path: Path, width: int,
     files = [run / "report.html", tmp_path / "both.html"]
     report = read_report(run / "report.json")
     files[1].write_text(study_page(side_by_side({"first": report, "second": hostile(report)})))
+    paper = {"accuracy": 0.7589, "training_avg_memory_bytes": 874.6e6}
+    study = {
+        **side_by_side({f"a-row-with-a-long-name-{i}": report for i in range(9)}),
+        "objectives": {"maximize": ["accuracy"], "minimize": ["latency_ms", "training_avg_memory_bytes"]},
+        "published": [{"name": name, "source": "arXiv 2403.10569", "figures": paper} for name in ("Xception", HOSTILE)],
+        "failures": [{"row": "broken", "seed": 0, "message": f"weights/{'long' * 40}.safetensors: {HOSTILE}"}],
+        "missing": [{"row": "broken", "seed": 0}],
+    }
+    files.append(tmp_path / "study.html")
+    files[-1].write_text(study_page(study))
     for stored in STUDIES:
         files.append(tmp_path / f"{stored.parent.name}.html")
         files[-1].write_text(study_page(json.loads(stored.read_text())))
