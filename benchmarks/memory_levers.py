@@ -5,8 +5,7 @@
 Each row trains ImageNet's architecture from random weights in a process of its own, so that nothing of one is resident
 in another. `floor` is the process with torch imported and nothing loaded: no lever reaches below it.
 
-Where the processor has no bf16 units the rows in bf16 are left out: emulated, a step takes twenty times as long, and
-the toolkit never chooses it there.
+Where the processor has no bf16 units the rows in bf16 are left out, and listed: there the toolkit never chooses it.
 
 Invariant: every figure is of a real training by the toolkit's loop.
 """
@@ -103,9 +102,10 @@ def main() -> None:
         print(json.dumps(trained(ROWS[args.row], args.size, args.batch, args.steps)))
         return
     native = choose_precision("auto", "cpu") is torch.bfloat16
+    left_out = [] if native else [name for name, levers in ROWS.items() if levers.get("precision") == "bfloat16"]
     rows: list[dict[str, Any]] = []
     for name, levers in ROWS.items():
-        if levers.get("precision") == "bfloat16" and not native:
+        if name in left_out:
             continue
         command = [sys.executable, __file__, "--row", name]
         command += ["--size", str(args.size), "--batch", str(args.batch), "--steps", str(args.steps)]
@@ -116,7 +116,7 @@ def main() -> None:
             rows[-1][f"{key.rsplit('_', 1)[0]}_fraction"] = rows[-1][key] / first[key]
         print(rows[-1], flush=True)
     setting = {"network": "xception", "size": args.size, "batch": args.batch, "steps": args.steps}
-    keep(args.output, {**setting, "rows": rows})
+    keep(args.output, {**setting, "no_bf16_units_left_out": left_out, "rows": rows})
 
 
 if __name__ == "__main__":

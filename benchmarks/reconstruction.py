@@ -13,7 +13,6 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import torch
 from measuring import keep
 
 from compressor import environment
@@ -80,7 +79,7 @@ def main() -> None:
             print(row, flush=True)
     accuracy, loss = evaluate(network, data.val, data.spec)
     setting = {"network": recipe.model.name, "input": list(example.shape[2:]), "val_images": len(data.val.labels)}
-    setting |= {"importance": args.importance, "torch": torch.__version__}
+    setting["importance"] = args.importance
     keep(args.output, {**setting, "whole": {"val_accuracy": accuracy, "val_loss": loss}, "rows": rows})
 
 

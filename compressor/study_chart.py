@@ -96,7 +96,8 @@ def _move_apart(texts: Sequence[Any]) -> None:
     from matplotlib.transforms import Bbox
 
     marks = [text.axes.transData.transform(text.xy) for text in texts]
-    taken = [Bbox([at - MARK, at + MARK]) for at in marks]
+    edge = MARK * texts[0].figure.dpi / 72 if texts else 0.0  # places are in pixels
+    taken = [Bbox([at - edge, at + edge]) for at in marks]
     for text in texts:
         aside, first = text.xyann[0], text.get_ha()
         sides = ((aside, first), (-aside, "left" if first == "right" else "right"))

@@ -92,9 +92,10 @@ def reconstruct(
         moments: From `reader_moments` of the same network.
     """
     for (name, kind), gone in removed_channels(groups, keep).items():
-        layer = module.get_submodule(name)
-        if kind != "in" or name not in moments or not isinstance(layer, nn.Conv2d | nn.Linear):
+        if kind != "in" or name not in moments:  # absent: see `readers_of`
             continue
+        layer = module.get_submodule(name)
+        assert isinstance(layer, nn.Conv2d | nn.Linear), "no other layer reads channels by weights that can be cut"
         weight, products = layer.weight, moments[name]
         blocks = layer.groups if isinstance(layer, nn.Conv2d) else 1  # each reads channels of its own
         outs, ins = weight.shape[0] // blocks, weight.shape[1]
