@@ -31,7 +31,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "checkpointing": {"checkpointing": True},
     "micro-batches of 4": {"micro_batch": 4},
     "stem and body frozen": {"freeze": ["role:stem", "role:body"]},
-    "half of the blocks frozen": {"freeze": ["role:stem", "block[1-6]"]},
+    "half of the blocks frozen": {"freeze": ["conv[12]", "bn[12]", "block[1-6]"]},
     "Adafactor, checkpointing, micro-batches of 4": {
         "optimizer": "adafactor",
         "checkpointing": True,

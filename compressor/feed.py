@@ -24,10 +24,13 @@ from compressor.data.batches import Augment, Draw, drawn_images, draws, labels_o
 from compressor.errors import ResourceError, UnsupportedModelError
 from compressor.frozen_prefix import Cut, find_cuts, split_at
 from compressor.inference import arithmetic
+from compressor.modes import evaluating
 from compressor.outputs import logits_of
 from compressor.preprocess import InputSpec
 
 log = logging.getLogger(__name__)
+
+_MAPPINGS = (nn.modules.conv._ConvNd, nn.Linear)  # what a network's memory and time go into
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,8 @@ def open_feed(
     if not frozen.layers:
         return Feed(module, live, train_rows)
     summary: dict[str, Any] = {"layers": sum(bool(parameters_of(module, [name])) for name in frozen.layers)}
-    summary |= {"cut": None, "variants": 0, "cached_images": 0, "cached_bytes": 0, "notes": []}
+    notes = _passed_through(module, frozen.layers, to_input(train.images[:1], spec, device))
+    summary |= {"cut": None, "variants": 0, "cached_images": 0, "cached_bytes": 0, "notes": notes}
     if frozen.folder is None or not frozen.max_bytes:
         return Feed(module, live, train_rows, summary=lambda: summary)
     try:
@@ -150,12 +154,13 @@ def open_feed(
             raise UnsupportedModelError("augment.shift, crop and mixup hardly ever show the same image twice")
         rows = train_rows + len(val.labels)
         graph, cuts = find_cuts(module, to_input(train.images[:2], spec, device), frozen.layers, dtype, device)
-        cut = _affordable(cuts, rows, frozen, summary["notes"])
+        cut, less = _affordable(cuts, rows, frozen)
+        summary["notes"] = [*notes, *less]
         prefix, suffix = split_at(module, graph, cut)
         _prove(module, prefix, suffix, to_input(train.images[:1], spec, device))
         features = _Features(_open_file(frozen, rows * cut.bytes), rows, cut, prefix, dtype, device)
     except (UnsupportedModelError, ResourceError) as reason:
-        summary["notes"] = [f"freeze: what the frozen layers give is computed anew at every step: {reason}"]
+        summary["notes"] = [*notes, f"freeze: what the frozen layers give is computed anew at every step: {reason}"]
         return Feed(module, live, train_rows, summary=lambda: summary)
 
     def cached(size: int, generator: torch.Generator) -> Iterator[Batch]:
@@ -208,8 +213,38 @@ def _places(x: Tensor, places: NDArray[np.int64] | None) -> Tensor:
     return x if places is None else x[torch.from_numpy(places)].contiguous(memory_format=torch.channels_last)
 
 
-def _affordable(cuts: Sequence[Cut], rows: int, frozen: Frozen, notes: list[str]) -> Cut:
-    """The latest cut whose features fit; notes say when it is not the latest of all.
+def _passed_through(module: nn.Module, layers: Collection[str], example: Tensor) -> list[str]:
+    """A note where trained layers run before frozen convolutions, which then take the memory of trained ones."""
+    trained: list[str] = []
+    passed: list[bool] = []
+
+    def ran(layer: nn.Module, inputs: tuple[Any, ...], _: Any, name: str) -> None:
+        if name not in layers:
+            trained.append(name)
+        elif isinstance(layer, _MAPPINGS):
+            passed.append(any(isinstance(x, Tensor) and x.requires_grad for x in inputs))
+
+    hooks = [
+        layer.register_forward_hook(partial(ran, name=name))
+        for name, layer in module.named_modules()
+        if parameters_of(module, [name])
+    ]
+    try:
+        with evaluating(module), torch.enable_grad():
+            module(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not any(passed):
+        return []
+    return [
+        f"freeze: '{trained[0]}' is trained and runs before {sum(passed)} of the {len(passed)} frozen convolutions and "
+        "linear layers; gradients pass through those, so freezing them saves little memory. Freeze what runs before too"
+    ]
+
+
+def _affordable(cuts: Sequence[Cut], rows: int, frozen: Frozen) -> tuple[Cut, list[str]]:
+    """The latest cut whose features fit, and a note when it is not the latest of all.
 
     Raises:
         ResourceError: None fits, or the folder cannot be used.
@@ -229,9 +264,8 @@ def _affordable(cuts: Sequence[Cut], rows: int, frozen: Frozen, notes: list[str]
     )
     if not fitting:
         raise ResourceError(f"{too_large}, too few for any earlier point as well")
-    if fitting[-1] is not latest:
-        notes.append(f"freeze: {too_large}; those of {fitting[-1].name} are kept instead")
-    return fitting[-1]
+    earlier = fitting[-1] is not latest
+    return fitting[-1], [f"freeze: {too_large}; those of {fitting[-1].name} are kept instead"] if earlier else []
 
 
 def _prove(module: nn.Module, prefix: nn.Module, suffix: nn.Module, example: Tensor) -> None:

@@ -22,6 +22,9 @@ from compressor.retraining import retraining_memory, unrebuildable
 
 log = logging.getLogger(__name__)
 
+# Peaks of one training differ from process to process: 1103 and 1125 MB were seen (benchmarks/memory_limit.py).
+MARGIN = 0.97
+
 
 def combinations(options: Training, *, blocks: bool, bf16: bool) -> Iterator[dict[str, Any]]:
     """Levers beside those that are told, each time one more, least risk to accuracy first.
@@ -52,7 +55,7 @@ def combinations(options: Training, *, blocks: bool, bf16: bool) -> Iterator[dic
 def within_limit(
     network: Network, options: Training, context: Context, assignment: Assignment
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Find the first combination of levers whose training stays below the limit.
+    """Find the first combination of levers whose training stays below the limit, with a little to spare.
 
     Args:
         network: What is trained, as the stage is given it.
@@ -99,13 +102,14 @@ def within_limit(
         found = measured(network, levers) if levers else as_told
         tried.append({"levers": levers, **{key: found[key] for key in ("average_bytes", "peak_bytes")}})
         log.info("%s: %s MB with %s", where, f"{found['peak_bytes'] / 1e6:.0f}", _named(levers))
-        if found["peak_bytes"] <= most:
+        if found["peak_bytes"] <= MARGIN * most:
             told = {"asked": limit.plain(), "limit_bytes": round(most), "floor_bytes": found["floor_bytes"]}
             return levers, {**told, "chosen": levers, "tried": tried}
     least = min(tried, key=lambda entry: entry["peak_bytes"])
     raise RecipeError(
-        f"{where}: {most / 1e6:.0f} MB cannot be met; the least is {least['peak_bytes'] / 1e6:.0f} MB with "
-        f"{_named(least['levers'])}, {found['floor_bytes'] / 1e6:.0f} MB of which an interpreter with torch takes. "
+        f"{where}: {most / 1e6:.0f} MB cannot be met with {1 - MARGIN:.0%} to spare; the least is "
+        f"{least['peak_bytes'] / 1e6:.0f} MB with {_named(least['levers'])}, of which an interpreter with torch takes "
+        f"{found['floor_bytes'] / 1e6:.0f} MB. "
         "A smaller batch_size or input.size, or layers in `freeze`, reach further"
     )
 

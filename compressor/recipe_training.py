@@ -99,9 +99,10 @@ class Memory(BaseModel):
     limit: ReductionBound | None = Field(
         default=None,
         description="Peak resident memory of a finetune, as a device would run it: bytes, or a fraction such as 0.5x "
-        "of what the dense network takes with the same options. Levers are added until it is met, least risk to "
-        "accuracy first: checkpointing, bf16, Adafactor, micro-batches of half, a quarter and an eighth. Each is "
-        "measured, a few steps in a process of its own without a teacher; an interpreter with torch is part of it.",
+        "of what the dense network takes with the same options. Levers are added until it is met with 3 % to spare, "
+        "least risk to accuracy first: checkpointing, bf16, Adafactor, micro-batches of half, a quarter and an eighth. "
+        "Each is measured, a few steps in a process of its own without a teacher; an interpreter with torch is part "
+        "of it.",
     )
 
 
