@@ -1,4 +1,4 @@
-"""What the benchmarks share: things timed in turns, and the file their figures are kept in.
+"""What the benchmarks share: things timed in turns, the file their figures are kept in, and the README's tables.
 
 Invariant: things that are compared are measured in turns within one process, so that a change of the load of the
 machine falls on all of them.
@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from compressor import environment
 from compressor.artifacts import write_json
+
+README = Path(__file__).resolve().parents[1] / "README.md"
 
 
 def in_turns(works: Mapping[str, Callable[[], float | None]], rounds: int) -> dict[str, list[float]]:
@@ -60,3 +62,10 @@ def keep(output: Path | None, figures: Mapping[str, Any]) -> None:
     if output:
         machine = {**environment.describe(), "torch_threads": torch.get_num_threads()}
         write_json(output, {**figures, "environment": machine})
+
+
+def rewrite(page: Path, name: str, text: str) -> None:
+    """Put Markdown between the page's comments `NAME: begin` and `NAME: end`, in place of what is there."""
+    begin, end = (f"<!-- {name}: {side} -->" for side in ("begin", "end"))
+    head, rest = page.read_text().split(begin)
+    page.write_text(f"{head}{begin}\n{text}{end}{rest.split(end)[1]}")

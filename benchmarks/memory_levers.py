@@ -1,6 +1,7 @@
 """What each lever takes off the memory of training Xception, and what it costs in time.
 
     python benchmarks/memory_levers.py benchmarks/memory_levers.json [--size 160] [--batch 16] [--steps 8]
+    python benchmarks/memory_levers.py benchmarks/memory_levers.json --table    # README's table from that file
 
 Each row trains ImageNet's architecture from random weights in a process of its own, so that nothing of one is resident
 in another. `floor` is the process with torch imported and nothing loaded: no lever reaches below it.
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import keep
+from measuring import README, keep, rewrite
 
 from compressor.inference import choose_precision
 
@@ -90,6 +91,22 @@ def trained(levers: dict[str, Any], size: int, batch: int, steps: int) -> dict[s
     }
 
 
+def table_of(figures: dict[str, Any]) -> str:
+    """Markdown: a row for each lever, with what it leaves of the first row's."""
+    rows = figures["rows"]
+    first = rows[0]
+    setting = f"{figures['network']}, {figures['size']} px, batch {figures['batch']}"
+    lines = [f"| {setting} | average, MB | peak, MB | a step, s |", "|---|---|---|---|"]
+    for row in rows:
+        cells = [f"{row[key] / 1e6:.0f} ({row[key] / first[key]:.2f}x)" for key in ("average_bytes", "peak_bytes")]
+        lines.append(f"| {row['levers']} | {' | '.join(cells)} | {row['step_s']:.2f} ({row['step_fraction']:.2f}x) |")
+    floor = max(row["floor_bytes"] for row in rows)
+    lines.append(f"| *torch and this toolkit imported, nothing loaded* | | {floor / 1e6:.0f} | |")
+    if figures["no_bf16_units_left_out"]:
+        lines += ["", f"Left out on a processor without bf16 units: {'; '.join(figures['no_bf16_units_left_out'])}."]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, nargs="?")
@@ -97,7 +114,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--row", choices=list(ROWS), help=argparse.SUPPRESS)
+    parser.add_argument("--table", action="store_true", help="only rewrite README's table, from OUTPUT")
     args = parser.parse_args()
+    if args.table:
+        rewrite(README, "memory", table_of(json.loads(args.output.read_text())))
+        return
     if args.row is not None:
         print(json.dumps(trained(ROWS[args.row], args.size, args.batch, args.steps)))
         return

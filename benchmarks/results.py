@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from measuring import README, rewrite
+
 from compressor.report import Footprint, Report, images_trained, read_report
 
 HERE = Path(__file__).resolve().parent
-README = HERE.parent / "README.md"
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 # The folders of an absolute path inside a sentence; what precedes it tells it from torch/onnx and from a URL.
 FOLDERS = re.compile(r"(?<![\w.:/])/(?:[^\s/'\":,;]+/)+")
 KEPT = (
@@ -108,9 +108,7 @@ def table() -> None:
             _epochs(data),
         ]
         rows.append(f"| `{path.stem}` ({data['verdict']['status']}) | {' | '.join(cells)} |")
-    text = README.read_text()
-    head, rest = text.split(BEGIN)
-    README.write_text(f"{head}{BEGIN}\n" + "\n".join(rows) + f"\n{END}{rest.split(END)[1]}")
+    rewrite(README, "results", "\n".join(rows) + "\n")
 
 
 def _epochs(data: dict[str, Any]) -> str:

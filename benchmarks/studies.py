@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from measuring import README, rewrite
 from results import note_in_ledger, without_folders
 
 from compressor.pages.study_page import outcome
@@ -24,8 +25,6 @@ from compressor.study_figures import read_mean
 from compressor.study_spec import COLUMNS, FIGURES, folder_of
 
 HERE = Path(__file__).resolve().parent
-README = HERE.parent / "README.md"
-BEGIN, END = "<!-- studies: begin -->", "<!-- studies: end -->"
 OPENING = """
 Studies put networks side by side that were trained alike, each run in a process of its own, and time all results in
 turns. Accuracy: mean of the seeds, ± their deviation, (Wilson's 95 % interval); memory: while the network that is
@@ -99,10 +98,7 @@ def table_of(study: Mapping[str, Any]) -> str:
 def table() -> None:
     """Rewrite the README's tables from `benchmarks/studies/*/study.json`."""
     studies = [json.loads(path.read_text()) for path in sorted((HERE / "studies").glob("*/study.json"))]
-    text = README.read_text()
-    head, rest = text.split(BEGIN)
-    tables = "\n\n".join([OPENING.strip(), *map(table_of, studies)]) + "\n" if studies else ""
-    README.write_text(f"{head}{BEGIN}\n{tables}{END}{rest.split(END)[1]}")
+    rewrite(README, "studies", "\n\n".join([OPENING.strip(), *map(table_of, studies)]) + "\n" if studies else "")
 
 
 def main() -> int:

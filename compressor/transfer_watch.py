@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from compressor.context import Assignment, Context, train
+from compressor.errors import TrainingError
 from compressor.feed import parameters_of
 from compressor.inference import predict
 from compressor.metrics import paired_interval, top1
@@ -42,8 +43,9 @@ def compare_starts(
         assignment: Of the stage.
 
     Returns:
-        For the report `steps`, `val_accuracy` of each probe and `differences` to `pretrained` with their 95 % interval
-        (pairs of answers about the same images); and warnings, empty where pretrained weights do no harm.
+        For the report `steps`, `val_accuracy` of each probe, `differences` to `pretrained` with their 95 % interval
+        (pairs of answers about the same images) and why some `diverged`; and warnings, empty where pretrained weights
+        do no harm.
     """
     assert stage.transfer_watch is not None
     steps = stage.transfer_watch.steps
@@ -53,11 +55,15 @@ def compare_starts(
     if rest := all_but_the_head(module, context):
         starts["linear"] = copy.deepcopy(module), rest
     right: dict[str, NDArray[np.bool_]] = {}
+    diverged: dict[str, str] = {}
     val = context.data.val
     for name, (network, freeze) in starts.items():
         log.info("transfer watch: %d steps, %s", steps, name)
         options = short.model_copy(update={"freeze": freeze})
-        train(network, options, context, assignment, key="transfer_watch")
+        try:
+            train(network, options, context, assignment, key="transfer_watch")
+        except TrainingError as error:  # a finding, not the end of the run; what is judged is what it kept
+            diverged[name] = str(error)
         logits = predict(network, val.images, context.data.spec, device=context.device)
         right[name] = top1(logits.numpy(), val.labels)
     accuracies = {name: float(hits.mean()) for name, hits in right.items()}
@@ -65,13 +71,16 @@ def compare_starts(
     for name in [name for name in starts if name != "pretrained"]:
         low, high = paired_interval(right[name], right["pretrained"])
         differences[name] = {"difference": accuracies[name] - accuracies["pretrained"], "interval": [low, high]}
-    found = {"steps": steps, "val_accuracy": accuracies, "differences": differences}
+    found = {"steps": steps, "val_accuracy": accuracies, "differences": differences, "diverged": diverged}
     return found, warnings_of(found, stage)
 
 
 def warnings_of(found: dict[str, Any], stage: Finetune) -> list[str]:
     """What is better than the pretrained start by more than chance, and what may help."""
     accuracies, differences = found["val_accuracy"], found["differences"]
+    warnings = []
+    if reason := found["diverged"].get("pretrained"):
+        warnings.append(f"transfer_watch: training from the pretrained weights diverged: {reason}")
 
     def told(name: str) -> str:
         low, high = differences[name]["interval"]
@@ -82,17 +91,17 @@ def warnings_of(found: dict[str, Any], stage: Finetune) -> list[str]:
 
     if differences["scratch"]["interval"][0] > 0:
         freeing = "freeze less, " if stage.freeze else ""
-        return [
+        warnings.append(
             f"transfer_watch: random weights do better than the pretrained ones ({told('scratch')}); try {freeing}"
             "weights of another source, or model.weights: none"
-        ]
-    if "linear" in differences and differences["linear"]["interval"][0] > 0:
-        return [
+        )
+    elif "linear" in differences and differences["linear"]["interval"][0] > 0:
+        warnings.append(
             f"transfer_watch: the classifier alone does better than training all layers ({told('linear')}), so that "
             f"training undoes what the weights know; try a learning_rate below {stage.learning_rate:g}, or first a "
             "finetune that freezes role:stem and role:body"
-        ]
-    return []
+        )
+    return warnings
 
 
 def divergence(history: Sequence[Epoch]) -> str | None:

@@ -13,6 +13,7 @@ from hypothesis import settings
 from target_stages import fresh_network, time_by_weight, tiny_context
 from tiny_networks import DISTILLED, DROP, FINETUNE, QUANTIZE, make_images, stand_in, write_recipe
 
+from compressor import benchmark
 from compressor.checkpoint import Network
 from compressor.context import Context
 from compressor.pipeline import compress
@@ -39,6 +40,14 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         os.environ["COMPRESSOR_CACHE"] = before
 
 
+@pytest.fixture(scope="session", autouse=True)
+def impatient() -> Iterator[None]:
+    """Tests run beside each other, so that every latency would be measured twice as long, in wait of a quiet moment."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "PATIENCE", 1)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
@@ -63,7 +72,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(3):
         (images / "test" / "red" / f"{i:03d}.png").rename(images / "test" / "green" / f"moved{i}.png")
     recipe = write_recipe(root / "recipe.yaml", images, FINETUNE, DROP, DISTILLED, QUANTIZE)
-    with stand_in():
+    with stand_in(charts=True):
         assert compress(recipe, root / "run").passed
     return root / "run"
 

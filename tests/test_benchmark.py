@@ -73,6 +73,7 @@ def test_rounds_in_which_the_machine_was_disturbed_do_not_count(
         times["baseline"] += [1e-3 * factor] * len(calls)
         times["result"] += [1e-3 * factor**4] * len(calls)
 
+    monkeypatch.setattr(benchmark, "PATIENCE", 2)
     monkeypatch.setattr(benchmark, "time_in_turns", time_in_turns)
     candidates = {"baseline": Candidate(files[0].xml, F32), "result": Candidate(files[1].xml)}
     figures = measure_latency(candidates, pictures(1), calls=100, threads=1)

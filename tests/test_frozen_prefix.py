@@ -329,7 +329,7 @@ def test_what_cannot_be_cut_is_trained_whole_and_said(
         (("norm",), None),  # no convolution
         (("block1", "block2.norm"), "'stem' is trained and runs before 1 of the 1 frozen convolutions"),
         (("stem", "block*"), "'norm' is trained and runs before 2 of the 3 frozen convolutions"),
-        (("stem", "norm", "block2", "last"), "'block1' is trained and runs before 2 of the 3 frozen convolutions"),
+        (("stem", "norm", "block2", "last"), "'block1.conv' is trained and runs before 2 of the 3 frozen convolutions"),
     ],
 )
 def test_trained_layers_before_frozen_ones_are_told(freeze: tuple[str, ...], passed: str | None) -> None:

@@ -51,7 +51,7 @@ def check(spec: Spec, seed: int) -> None:
     assert kept_cost(network, count(network, example).per_layer, removed) == (counts.macs, counts.params)
 
 
-@settings(max_examples=220, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=140, suppress_health_check=[HealthCheck.too_slow])
 @given(spec=specs(), seed=st.integers(0, 2**16))
 def test_cutting_equals_masking(spec: Spec, seed: int) -> None:
     check(spec, seed)

@@ -1,6 +1,7 @@
 """Laws: a network is warned of weights that hurt it, and of nothing where they help; watching changes no weight."""
 
 import copy
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,16 @@ def test_dead_weights_are_told_from_living_ones(tmp_path: Path) -> None:
     assert "another source" in warning
 
 
+def test_a_probe_that_diverges_is_a_finding_and_not_the_end(tmp_path: Path) -> None:
+    module = knowing()
+    nn.init.constant_(module[0].weight, math.nan)
+    found, (diverged, worse) = compare_starts(module, stage(), context(tmp_path), ASSIGNMENT)
+    assert set(found["diverged"]) == {"pretrained", "linear"}
+    assert found["val_accuracy"]["scratch"] > 0.9
+    assert f"training from the pretrained weights diverged: {found['diverged']['pretrained']}" in diverged
+    assert "random weights do better" in worse
+
+
 def test_weights_that_help_are_passed_over_in_silence_and_none_is_changed(tmp_path: Path) -> None:
     module = knowing()
     before = copy.deepcopy(module.state_dict())
@@ -74,7 +85,7 @@ def figures(scratch: float, linear: float) -> dict[str, Any]:
         for name, accuracy in (("scratch", scratch), ("linear", linear))
     }
     accuracies = {"pretrained": 0.5, "scratch": scratch, "linear": linear}
-    return {"steps": 36, "val_accuracy": accuracies, "differences": differences}
+    return {"steps": 36, "val_accuracy": accuracies, "differences": differences, "diverged": {}}
 
 
 @pytest.mark.parametrize(

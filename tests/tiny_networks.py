@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from compressor import models, proof
 from compressor.models.xception import Block, initialise
+from compressor.pages import run_page
 
 FINETUNE = {
     "type": "finetune",
@@ -63,16 +64,19 @@ def tiny(num_classes: int = 1000) -> nn.Module:
 
 
 @contextmanager
-def stand_in(*, retrain: bool = False) -> Iterator[None]:
+def stand_in(*, retrain: bool = False, charts: bool = False) -> Iterator[None]:
     """Whole runs in seconds: the tiny network under Xception's name.
 
     Args:
         retrain: Start the child process that measures retraining; it builds the real Xception, and so fails.
+        charts: Draw them for the runs' pages, which takes longer than many a run.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.BUILTIN, "xception", tiny)
         if not retrain:
             patch.setattr(proof, "_retrain_memory", lambda *_: {"error": "the stand-in network has no child process"})
+        if not charts:
+            patch.setattr(run_page, "run_charts", lambda _: [])
         yield
 
 
