@@ -30,6 +30,7 @@ from compressor.runtime import DEFAULT
 
 EQUALIZE_IMAGES = 64  # ranges of channels need fewer images than the quantizers' own
 TIMED_IMAGES = 8  # what ranges come out does not change how long a layer takes
+DRAFT_IMAGES = 2  # nor how large a file is; enough to see which activations are signed
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,8 @@ def deployed_ir(module: nn.Module, stage: spec.Quantize | None, context: Context
     """The IR that would be deployed, if the network were finished: INT8 where a quantize stage follows, else float.
 
     A stage of precision `auto` is taken as one of `int8`: what stays in float is measured on the finished network only.
+    It computes as fast and weighs as much as the network that is deployed, and is of no other use: few images calibrate
+    it, and nothing is equalized or corrected.
 
     Args:
         module: Left as it is.
@@ -180,6 +183,7 @@ def deployed_ir(module: nn.Module, stage: spec.Quantize | None, context: Context
     data = context.data
     if stage is None:
         return convert_float_ir(module, data.spec, data.labels)
-    batches = calibration(stage, context, seed=0, most=TIMED_IMAGES)
-    quantized = quantize_as_told(copy.deepcopy(module), stage, batches, context, where=where).module
+    batches = calibration(stage, context, seed=0, most=DRAFT_IMAGES)
+    draft = stage.model_copy(update={"equalize": False, "bias_correction": False})
+    quantized = quantize_as_told(copy.deepcopy(module), draft, batches, context, where=where).module
     return convert_ir(trace_int8(quantized, data.spec), data.spec, data.labels)

@@ -1,6 +1,7 @@
 """Pruning to a size: what is weighed is the file that would be deployed, and it fits or is refused."""
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,12 @@ from tiny_networks import SHORT, tiny, write_recipe
 from compressor.checkpoint import Network
 from compressor.context import Context
 from compressor.errors import RecipeError
-from compressor.export import convert_float_ir, ir_bytes, save_ir
+from compressor.export import convert_float_ir, convert_ir, ir_bytes, save_ir, trace_int8
 from compressor.inference import frozen_copy
 from compressor.models.counting import count
 from compressor.pipeline import compress
 from compressor.planning import plan_recipe
-from compressor.quantize_stage import deployed_ir
+from compressor.quantize_stage import calibration, deployed_ir, quantize_as_told
 from compressor.recipe import Finetune, Prune, Quantize, Stage
 from compressor.stage_targets import stage_keys
 
@@ -57,6 +58,24 @@ def test_a_file_is_weighed_in_int8_where_a_later_stage_quantizes(network: Networ
     assert found["measured"] == pytest.approx(int8(outcome.network.module), rel=1e-3)
     assert found["measured"] <= found["goal"]
     assert len({probe["baseline"] for probe in found["probes"]}) == 1
+
+
+def test_what_is_timed_and_weighed_has_the_operations_and_the_size_of_what_is_deployed(
+    network: Network, context: Context
+) -> None:
+    """It is calibrated in a hurry, see `deployed_ir`."""
+    where, stage = INT8
+    draft = deployed_ir(network.module, stage, context, where=where)
+    batches = calibration(stage, context, seed=0)
+    whole = quantize_as_told(frozen_copy(network.module), stage, batches, context, where=where).module
+    deployed = convert_ir(trace_int8(whole, context.data.spec), context.data.spec, context.data.labels)
+    counts = [Counter(node.get_type_name() for node in model.get_ops()) for model in (draft, deployed)]
+    assert counts[0] == counts[1]
+    assert counts[0]["FakeQuantize"] > 5
+    for name, model in (("draft", draft), ("deployed", deployed)):
+        save_ir(model, context.run_dir / f"{name}.xml")
+    draft_bytes, deployed_bytes = (ir_bytes(context.run_dir / f"{name}.xml") for name in ("draft", "deployed"))
+    assert draft_bytes == pytest.approx(deployed_bytes, rel=1e-3)
 
 
 def test_tighter_sizes_keep_subsets(network: Network, context: Context) -> None:
