@@ -62,7 +62,7 @@ class TransferWatch(BaseModel):
         ge=1,
         le=1_000_000,
         description="Optimiser steps of each: with the stage's own start and options, from random weights, and of the "
-        "classifier alone.",
+        "classifier alone, on the layers as they came and on those that the first one trained.",
     )
 
 

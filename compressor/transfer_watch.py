@@ -31,10 +31,13 @@ FALL = 0.9  # of the training loss meanwhile
 def compare_starts(
     module: nn.Module, stage: Finetune, context: Context, assignment: Assignment
 ) -> tuple[dict[str, Any], list[str]]:
-    """Train three copies for a few steps each and compare them on validation.
+    """Train copies for a few steps each and compare them on validation.
 
     `pretrained` is the stage itself; `scratch` begins with random weights, all of which are trained; `linear` trains
-    the classifier alone (a linear probe, as in arXiv 1805.08974), where there is one to be found.
+    the classifier alone (a linear probe, as in arXiv 1805.08974), and `linear_after` does so once more on the layers as
+    `pretrained` has left them, where there is a classifier to be found. A few steps hardly train a classifier, and less
+    so on layers that move; so what training does to the layers shows between the two linear probes (that it can distort
+    what they know: arXiv 2202.10054), and not between `linear` and `pretrained`.
 
     Args:
         module: What the stage is given, with pretrained weights.
@@ -43,63 +46,71 @@ def compare_starts(
         assignment: Of the stage.
 
     Returns:
-        For the report `steps`, `val_accuracy` of each probe, `differences` to `pretrained` with their 95 % interval
-        (pairs of answers about the same images) and why some `diverged`; and warnings, empty where pretrained weights
-        do no harm.
+        For the report `steps`, `val_accuracy` of each probe, `differences` with their 95 % interval (pairs of answers
+        about the same images), of `scratch` to `pretrained` and of `linear` to `linear_after`, and why some `diverged`;
+        and warnings, empty where pretrained weights do no harm.
     """
     assert stage.transfer_watch is not None
     steps = stage.transfer_watch.steps
     short = stage.model_copy(update={"epochs": None, "steps": steps, "patience": None})
-    starts = {"pretrained": (copy.deepcopy(module), short.freeze)}
-    starts["scratch"] = reinitialised(module, assignment.seed), ()
-    if rest := all_but_the_head(module, context):
-        starts["linear"] = copy.deepcopy(module), rest
+    val = context.data.val
     right: dict[str, NDArray[np.bool_]] = {}
     diverged: dict[str, str] = {}
-    val = context.data.val
-    for name, (network, freeze) in starts.items():
+
+    def probe(name: str, network: nn.Module, freeze: Sequence[str]) -> None:
         log.info("transfer watch: %d steps, %s", steps, name)
-        options = short.model_copy(update={"freeze": freeze})
+        options = short.model_copy(update={"freeze": tuple(freeze)})
         try:
             train(network, options, context, assignment, key="transfer_watch")
         except TrainingError as error:  # a finding, not the end of the run; what is judged is what it kept
             diverged[name] = str(error)
         logits = predict(network, val.images, context.data.spec, device=context.device)
         right[name] = top1(logits.numpy(), val.labels)
+
+    trained = copy.deepcopy(module)
+    probe("pretrained", trained, short.freeze)
+    probe("scratch", reinitialised(module, assignment.seed), ())
+    compared = {"scratch": "pretrained"}
+    if head := find_head(look(module, context.example), len(context.data.labels)):
+        rest = all_but(module, head)
+        probe("linear", copy.deepcopy(module), rest)
+        trained.get_submodule(head).load_state_dict(module.get_submodule(head).state_dict())
+        probe("linear_after", trained, rest)
+        compared["linear"] = "linear_after"
     accuracies = {name: float(hits.mean()) for name, hits in right.items()}
     differences: dict[str, Any] = {}
-    for name in [name for name in starts if name != "pretrained"]:
-        low, high = paired_interval(right[name], right["pretrained"])
-        differences[name] = {"difference": accuracies[name] - accuracies["pretrained"], "interval": [low, high]}
+    for name, other in compared.items():
+        low, high = paired_interval(right[name], right[other])
+        differences[name] = {"difference": accuracies[name] - accuracies[other], "interval": [low, high]}
     found = {"steps": steps, "val_accuracy": accuracies, "differences": differences, "diverged": diverged}
     return found, warnings_of(found, stage)
 
 
 def warnings_of(found: dict[str, Any], stage: Finetune) -> list[str]:
-    """What is better than the pretrained start by more than chance, and what may help."""
+    """What does better than the pretrained start by more than chance, and what may help."""
     accuracies, differences = found["val_accuracy"], found["differences"]
     warnings = []
     if reason := found["diverged"].get("pretrained"):
         warnings.append(f"transfer_watch: training from the pretrained weights diverged: {reason}")
 
-    def told(name: str) -> str:
+    def told(name: str, other: str) -> str:
         low, high = differences[name]["interval"]
         return (
-            f"{accuracies[name]:.3f} against {accuracies['pretrained']:.3f} on validation after {found['steps']} steps,"
-            f" a difference of {low:.3f} to {high:.3f}"
+            f"{accuracies[name]:.3f} against {accuracies[other]:.3f} on validation after {found['steps']} steps, a "
+            f"difference of {low:.3f} to {high:.3f}"
         )
 
     if differences["scratch"]["interval"][0] > 0:
         freeing = "freeze less, " if stage.freeze else ""
         warnings.append(
-            f"transfer_watch: random weights do better than the pretrained ones ({told('scratch')}); try {freeing}"
-            "weights of another source, or model.weights: none"
+            "transfer_watch: random weights do better than the pretrained ones "
+            f"({told('scratch', 'pretrained')}); try {freeing}weights of another source, or model.weights: none"
         )
     elif "linear" in differences and differences["linear"]["interval"][0] > 0:
         warnings.append(
-            f"transfer_watch: the classifier alone does better than training all layers ({told('linear')}), so that "
-            f"training undoes what the weights know; try a learning_rate below {stage.learning_rate:g}, or first a "
-            "finetune that freezes role:stem and role:body"
+            "transfer_watch: a classifier trained alone does better on the layers as they came than on what training "
+            f"makes of them ({told('linear', 'linear_after')}), so that training undoes what the weights know; try a "
+            f"learning_rate below {stage.learning_rate:g}, or first a finetune that freezes role:stem and role:body"
         )
     return warnings
 
@@ -135,9 +146,6 @@ def reinitialised(module: nn.Module, seed: int) -> nn.Module:
     return fresh
 
 
-def all_but_the_head(module: nn.Module, context: Context) -> tuple[str, ...]:
-    """Names of the layers with parameters, without the classifier; none where there is no classifier to be found."""
-    head = find_head(look(module, context.example), len(context.data.labels))
-    if head is None:
-        return ()
+def all_but(module: nn.Module, head: str) -> tuple[str, ...]:
+    """Names of the layers with parameters, without the classifier."""
     return tuple(name for name, _ in module.named_modules() if name and name != head and parameters_of(module, [name]))

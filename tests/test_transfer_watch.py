@@ -12,7 +12,8 @@ from small_training import SPEC, TRAIN, VAL, network, run
 from tiny_networks import FINETUNE, SHORT, write_recipe
 from torch import nn
 
-from compressor.context import Assignment, Context
+from compressor import transfer_watch
+from compressor.context import Assignment, Context, train
 from compressor.data import Dataset
 from compressor.data.batches import to_input
 from compressor.errors import RecipeError
@@ -21,7 +22,7 @@ from compressor.recipe import Finetune
 from compressor.recipe_loader import load_recipe
 from compressor.report import Footprint
 from compressor.training import Epoch
-from compressor.transfer_watch import all_but_the_head, compare_starts, divergence, reinitialised, warnings_of
+from compressor.transfer_watch import all_but, compare_starts, divergence, reinitialised, warnings_of
 
 ASSIGNMENT = Assignment(0, 5, None, Footprint())
 
@@ -63,7 +64,7 @@ def test_a_probe_that_diverges_is_a_finding_and_not_the_end(tmp_path: Path) -> N
     module = knowing()
     nn.init.constant_(module[0].weight, math.nan)
     found, (diverged, worse) = compare_starts(module, stage(), context(tmp_path), ASSIGNMENT)
-    assert set(found["diverged"]) == {"pretrained", "linear"}
+    assert set(found["diverged"]) == {"pretrained", "linear", "linear_after"}
     assert found["val_accuracy"]["scratch"] > 0.9
     assert f"training from the pretrained weights diverged: {found['diverged']['pretrained']}" in diverged
     assert "random weights do better" in worse
@@ -84,7 +85,7 @@ def figures(scratch: float, linear: float) -> dict[str, Any]:
         name: {"difference": accuracy - 0.5, "interval": [accuracy - 0.6, accuracy - 0.4]}
         for name, accuracy in (("scratch", scratch), ("linear", linear))
     }
-    accuracies = {"pretrained": 0.5, "scratch": scratch, "linear": linear}
+    accuracies = {"pretrained": 0.5, "scratch": scratch, "linear": linear, "linear_after": 0.5}
     return {"steps": 36, "val_accuracy": accuracies, "differences": differences, "diverged": {}}
 
 
@@ -95,7 +96,7 @@ def figures(scratch: float, linear: float) -> dict[str, Any]:
         (
             0.1,
             0.7,
-            "the classifier alone does better .* 0.100 to 0.300.* learning_rate below 0.01, or first a finetune",
+            "a classifier trained alone does better .* 0.100 to 0.300.* learning_rate below 0.01, or first a finetune",
         ),
         (
             0.7,
@@ -123,9 +124,40 @@ def test_every_weight_of_the_control_is_new_and_seeded() -> None:
     assert float(first[1].running_mean.abs().max()) == 0.0
 
 
-def test_the_linear_probe_trains_the_classifier_alone(tmp_path: Path) -> None:
-    assert all_but_the_head(network(), context(tmp_path)) == ("0", "1")
-    assert all_but_the_head(nn.Sequential(nn.AvgPool2d(12), nn.Flatten()), context(tmp_path)) == ()
+def test_the_linear_probe_trains_the_classifier_alone() -> None:
+    assert all_but(network(), "5") == ("0", "1")
+
+
+def test_training_that_undoes_what_the_weights_know_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ruinous(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        train(module, *args, **kwargs)
+        if not trained:  # of all layers, from pretrained weights
+            nn.init.constant_(module[1].bias, -100.0)
+        trained.append(module)
+
+    trained: list[nn.Module] = []
+    monkeypatch.setattr(transfer_watch, "train", ruinous)
+    module = knowing()
+    found, warnings = compare_starts(module, stage(), context(tmp_path), ASSIGNMENT)
+    assert found["val_accuracy"]["linear"] > 0.9
+    assert found["differences"]["linear"]["interval"][0] > 0
+    (only,) = warnings_of({**found, "differences": {**found["differences"], "scratch": {"interval": [0, 0]}}}, stage())
+    assert "training undoes what the weights know; try a learning_rate below 0.01" in only
+    assert "random weights do better" in warnings[0], "the worse news"
+
+
+def test_a_classifier_that_lags_behind_is_no_harm(tmp_path: Path) -> None:
+    """With so few steps on layers that move, the classifier alone is ahead; the layers are none the worse."""
+    found, warnings = compare_starts(knowing(), stage(learning_rate=1e-3, steps=3), context(tmp_path), ASSIGNMENT)
+    assert found["val_accuracy"]["pretrained"] < 0.9
+    assert found["val_accuracy"]["linear_after"] == pytest.approx(found["val_accuracy"]["linear"], abs=0.1)
+    assert warnings == []
+
+
+def test_a_network_without_a_classifier_is_compared_with_random_weights_only(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    found, _ = compare_starts(module, stage(steps=2), context(tmp_path), ASSIGNMENT)
+    assert set(found["val_accuracy"]) == {"pretrained", "scratch"} == {*found["differences"], "pretrained"}
 
 
 def epochs(losses: list[float], val_losses: list[float]) -> list[Epoch]:
