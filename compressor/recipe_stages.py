@@ -72,9 +72,9 @@ class Finetune(Training):
     type: Literal["finetune"] = Field(default="finetune", description="Train the network.")
     transfer_watch: TransferWatch | None = Field(
         default=None,
-        description="Of the first stage, with pretrained weights: short trainings beforehand, and a warning where random "
-        "weights do better on validation by more than chance, or a classifier on the layers as they came does better "
-        "than one on what training makes of them; null = do not.",
+        description="Of the first stage, with pretrained weights: short trainings beforehand, and a warning where "
+        "random weights do better on validation by more than chance, or a classifier on the layers as they came does "
+        "better than one on what training makes of them; null = do not.",
     )
 
 
