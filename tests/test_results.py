@@ -1,7 +1,7 @@
 """Stored figures of finished runs: what `benchmarks/results.py` keeps of a report."""
 
 import dataclasses
-import importlib.util
+import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,11 +19,8 @@ STORED = sorted((BENCHMARKS / "results").glob("*.json"))
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script as a module that stores in the test's folder."""
-    spec = importlib.util.spec_from_file_location("results", BENCHMARKS / "results.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = importlib.import_module("results")
     monkeypatch.setattr(module, "HERE", tmp_path)
     return module
 
