@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 RISE = 1.1  # of the validation loss over its lowest, which calls for a word
 EARLY = 1 / 3  # of the training: where the lowest is, for that
 FALL = 0.9  # of the training loss meanwhile
+# Of what the pretrained layers are ahead of random weights. A little is lost in the first steps of any training, while
+# the classifier is random, and comes back: Xception on Caltech-101, 96 px, 100 steps at 3e-4: 0.08 of 0.44.
+LOST = 0.5
 
 
 def compare_starts(
@@ -107,11 +110,14 @@ def warnings_of(found: dict[str, Any], stage: Finetune) -> list[str]:
             f"({told('scratch', 'pretrained')}); try {freeing}weights of another source, or model.weights: none"
         )
     elif "linear" in differences and differences["linear"]["interval"][0] > 0:
-        warnings.append(
-            "transfer_watch: a classifier trained alone does better on the layers as they came than on what training "
-            f"makes of them ({told('linear', 'linear_after')}), so that training undoes what the weights know; try a "
-            f"learning_rate below {stage.learning_rate:g}, or first a finetune that freezes role:stem and role:body"
-        )
+        lost = accuracies["linear"] - accuracies["linear_after"]
+        if lost > LOST * (accuracies["linear"] - accuracies["scratch"]):
+            warnings.append(
+                "transfer_watch: a classifier trained alone does better on the layers as they came than on what "
+                f"training makes of them ({told('linear', 'linear_after')}), and little of what they were ahead of "
+                f"random weights is left: training undoes what they know; try a learning_rate below "
+                f"{stage.learning_rate:g}, or first a finetune that freezes role:stem and role:body"
+            )
     return warnings
 
 
