@@ -73,8 +73,8 @@ class Finetune(Training):
     transfer_watch: TransferWatch | None = Field(
         default=None,
         description="Of the first stage, with pretrained weights: short trainings beforehand, and a warning where "
-        "random weights do better on validation by more than chance, or where a classifier finds on what training "
-        "makes of the layers less than half of what it finds on them as they came; null = do not.",
+        "random weights do better on validation by more than chance, or where training undoes more than half of what "
+        "the layers were ahead of random ones, as classifiers trained alone on them tell; null = do not.",
     )
 
 

@@ -92,7 +92,7 @@ def figures(scratch: float, linear: float, after: float) -> dict[str, Any]:
     ("scratch", "linear", "after", "advice"),
     [
         (0.55, 0.55, 0.5, None),  # better, but no more than chance
-        (0.1, 0.7, 0.5, None),  # a third of what the layers were ahead of random ones is lost: that comes back
+        (0.1, 0.7, 0.5, None),  # a third of what the layers were ahead of random ones is lost: a part is to be expected
         (
             0.1,
             0.7,
